@@ -27,7 +27,7 @@ PARALLEL := -n $(shell expr 2 \* $$(nproc)) --dist worksteal
 TRIO_TESTS := tests/exposed tests/lab tests/relay tests/target tests/test_endings.py \
 	$(wildcard tests/test_listener*.py tests/test_service*.py)
 # What the window and its tests need of Debian, since PyGObject is not built here.
-GTK := python3-gi gir1.2-gtk-3.0 gir1.2-atspi-2.0 at-spi2-core dbus xvfb xdotool
+GTK := python3-gi gir1.2-gtk-3.0 gir1.2-atspi-2.0 at-spi2-core dbus xvfb xdotool trayer
 export PYTHON
 # The tests start some 2,000 programs, and without bytecode each of them, and each process of the tests, compiles anew.
 unexport PYTHONDONTWRITEBYTECODE

@@ -2,6 +2,7 @@
 """Where the programs of the window begin: the command line, and what must be there to show anything."""
 
 import argparse
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +33,12 @@ class Start(NamedTuple):
     open_backend: OpenBackend
     lab: str | None
 
+    def application_id(self, name: str) -> str:
+        """Of a program with that id for this system, and another for each lab, so that each has its own."""
+        if self.lab is None:
+            return name
+        return f"{name}.lab{hashlib.sha256(os.path.realpath(self.lab).encode()).hexdigest()[:16]}"
+
 
 def manager() -> int:
     """The program qubes-forward-manager."""
@@ -42,6 +49,8 @@ def manager() -> int:
 def indicator() -> int:
     """The program qubes-forward-indicator."""
     what = "Show in the panel while anything of this Qubes system can be reached."
+    # GTK's icons in the tray are of X11 alone.
+    os.environ["GDK_BACKEND"] = "x11"
     return run("qubes-forward-indicator", what, "tray")
 
 

@@ -16,6 +16,7 @@ from .actions import Done, error_lines
 from .board import Board, Later
 from .gtk import Gtk
 from .kept import Text
+from .look import Look
 from .question import Question, Tell
 from .reopening import Reopening, reopening
 from .words import _
@@ -31,6 +32,8 @@ class Resuming:
         self._later = later
         self._shown: Reopening | None = None
         self._is_open = self._is_offered = False
+        self._seen: Look | None = None
+        self._looks = 0
         self._cancel: Callable[[], None] = lambda: None
         self._question = Question(board, tell, _("Resume"), _("_Resume"))
         self._question.at_end(self._ended)
@@ -43,8 +46,11 @@ class Resuming:
     def open(self, parent: Gtk.Window | None) -> None:
         """Ask."""
         self._is_open = True
+        self._seen = self._board.look
         self._question.offer(None)
+        self._head.show(_("Looking at the system…"))
         self._question.open(parent)
+        self._board.refresh()
         self._follow()
 
     def _ended(self) -> None:
@@ -54,14 +60,23 @@ class Resuming:
 
     def _follow(self) -> None:
         look, now = self._board.look, self._board.now
-        if look is not None and self._is_open:
-            self._board.compute(lambda: reopening(look, now), self._show, self._failed, kind="reopening")
+        if look is None or not self._is_open:
+            return
+        if look is not self._seen:
+            self._seen = look
+            self._looks += 1
+            # The first may have begun before the hold that this is about, and the one after it has not.
+            if self._looks == 1:
+                self._board.refresh()
+        show = partial(self._show, self._looks)
+        self._board.compute(lambda: reopening(look, now), show, self._failed, kind="reopening")
 
-    def _show(self, found: Reopening | None) -> None:
+    def _show(self, looks: int, found: Reopening | None) -> None:
         if not self._is_open:
             return
         if found is None:
-            self._question.close()
+            if looks > 1:
+                self._question.close()
             return
         was, self._shown = self._shown, found
         self._problem.show("")

@@ -77,8 +77,12 @@ class Case:
         self.dialog = Resuming(self.board, self.told, later=self.later)
 
     def open(self) -> None:
+        """Returns when the dialog has had the board look as often as it does when it is opened."""
+        looks = [self.board.look]
+        end = self.board.subscribe(lambda: looks.append(self.board.look))
         self.dialog.open(None)
-        until(lambda: self.later.calls or not self.is_open)
+        until(lambda: len({id(look) for look in looks}) == 3 and self.later.calls)
+        end()
 
     @property
     def is_open(self) -> bool:
@@ -179,6 +183,28 @@ def test_it_closes_when_somebody_else_has_resumed(case: Case, forward: Command) 
     looked(case.board)
     until(lambda: not case.is_open)
     assert (case.told, case.later.calls) == ([], [])
+
+
+def test_a_look_from_before_the_hold_does_not_close_it(
+    opened: LabDirectory, forward: Command, other_store: Callable[[], Backend]
+) -> None:
+    """As where panic has just ended, and the window has not seen that yet."""
+    case = Case(other_store)
+    forward("panic")
+    case.dialog.open(None)
+    assert "Looking at the system…" in case.text
+    until(lambda: "2 forwards open again." in case.text)
+    case.later.pass_by()
+    assert case.may_resume
+    case.dialog.widget.destroy()
+    case.board.close()
+
+
+def test_where_nothing_is_held_it_closes(opened: LabDirectory, other_store: Callable[[], Backend]) -> None:
+    case = Case(other_store)
+    case.dialog.open(None)
+    until(lambda: not case.is_open)
+    case.board.close()
 
 
 def test_cancelling_opens_nothing(case: Case, opened: LabDirectory) -> None:

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The indicator as a program: it tells the desktop, has one place in the session, and ends without a word."""
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from desktop import Desktop
+from helpers import BOUND_S
+from stories import TITLE, Machine, Show
+from worlds import ADD, NOW, Command
+
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+
+SERVER = Path(__file__).parent / "notifyserver.py"
+INDICATOR = "import sys; from qubes_fwd_qrexec.window import program; sys.exit(program.indicator())"
+PROGRAM = ["-P", "-c", INDICATOR]
+NAME = "qubes-forward-indicator"
+Process = subprocess.Popen[bytes]
+
+
+class Notices:
+    """A server of notifications, and what it was told."""
+
+    def __init__(self, environ: dict[str, str]) -> None:
+        words = [sys.executable, "-P", str(SERVER)]
+        environ = environ | {"PYTHONPATH": str(SERVER.parent)}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(words, env=environ, stdin=pipe, stdout=pipe, bufsize=0)
+        assert self.next() == {}  # it is there
+
+    def next(self) -> dict[str, Any]:
+        """The next one, when it has come."""
+        assert self.process.stdout is not None
+        line = b""
+        while not line.endswith(b"\n"):
+            assert select.select([self.process.stdout], [], [], BOUND_S)[0], "there is no notice"
+            data = self.process.stdout.read(1)
+            assert data, "the server has ended"
+            line += data
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def click(self, number: int) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{number}\n".encode())
+
+    def close(self) -> None:
+        self.process.communicate(timeout=BOUND_S)
+
+
+@pytest.fixture
+def serve(desktop: Desktop) -> Iterator[Callable[[], Notices]]:
+    """Starts a server of notifications."""
+    servers: list[Notices] = []
+
+    def start() -> Notices:
+        servers.append(Notices(dict(desktop.environ)))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def panel(desktop: Desktop) -> Iterator[None]:
+    """A panel with a tray."""
+    if shutil.which("trayer") is None:
+        pytest.skip("there is no tray (Debian: trayer)")
+    with subprocess.Popen(
+        ["trayer", "--monitor", "0"], env=dict(desktop.environ), stderr=subprocess.DEVNULL
+    ) as trayer:
+        yield
+        trayer.terminate()
+
+
+def xdotool(desktop: Desktop, *words: str) -> str:
+    done = subprocess.run(
+        ["xdotool", *words],
+        env=dict(desktop.environ),
+        capture_output=True,
+        check=True,
+        timeout=BOUND_S,
+        text=True,
+    )
+    return done.stdout
+
+
+@pytest.fixture
+def start(
+    desktop: Desktop, panel: None, show: Show, machine: Machine, forward: Command
+) -> Callable[..., Process]:
+    """Starts the indicator, where something is open; returns when its icon is in the panel."""
+
+    def start(**environ: str) -> Process:
+        assert forward(*ADD).status == 0
+        # GDK finds fault with every icon in a tray, which the program leaves out of what it says.
+        process = show(PROGRAM, machine.environ | {"G_DEBUG": ""} | environ)
+        xdotool(desktop, "search", "--sync", "--onlyvisible", "--name", f"^{NAME}$")
+        return process
+
+    return start
+
+
+def ended(process: Process, number: int = signal.SIGTERM) -> int:
+    process.send_signal(number)
+    return process.wait(BOUND_S)
+
+
+def test_what_opens_and_closes_is_told(
+    start: Callable[..., Process],
+    serve: Callable[[], Notices],
+    forward: Command,
+    lab: LabDirectory,
+    machine: Machine,
+) -> None:
+    notices = serve()
+    start()
+    forward("add", "personal", "81", "--from", "any", "--expire", "1h", "--comment", "<b>&")
+    found = notices.next()
+    assert (found["app"], found["title"]) == ("Qubes Port Forwards", "personal tcp-81 is open to anybody")
+    assert "reach port 81 of personal. It ends at 2027-01-15 " in found["body"]
+    lab.set_feature("work", "forward.web", "<i>&amp;")
+    forward("apply")
+    found = notices.next()
+    assert found["title"] == "work web is closed"
+    assert found["body"].startswith("Its rule cannot be read: ")
+    assert r"\x3ci\x3e\x26amp;" in found["body"]
+    forward("panic")
+    assert notices.next()["title"] == "Everything is held"
+
+
+def test_a_later_notice_of_a_rule_takes_the_place_of_the_earlier(
+    start: Callable[..., Process], serve: Callable[[], Notices], forward: Command, lab: LabDirectory
+) -> None:
+    notices = serve()
+    start()
+    forward("set", "work", "web", "srchosts=any")
+    first = notices.next()
+    line = lab.features("work")["forward.web"]
+    lab.set_feature("work", "forward.web", f"{line} expire={NOW - 1}")
+    forward("apply")
+    second = notices.next()
+    assert (second["title"], second["replaces"]) == ("work web has ended", first["id"])
+
+
+def test_without_anybody_to_tell_it_goes_on(
+    start: Callable[..., Process], serve: Callable[[], Notices], forward: Command
+) -> None:
+    process = start()
+    forward("add", "personal", "81", "--from", "any")
+    notices = serve()
+    forward("add", "personal", "82", "--from", "any")
+    while "tcp-82" not in notices.next()["title"]:
+        pass
+    assert ended(process) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_end_it_does_without_a_word(start: Callable[..., Process], number: int) -> None:
+    assert ended(start(), number) == 0
+
+
+def test_it_works_without_a_bus(start: Callable[..., Process], forward: Command) -> None:
+    process = start(DBUS_SESSION_BUS_ADDRESS="unix:path=/nowhere")
+    forward("add", "personal", "81", "--from", "any")
+    assert ended(process) == 0
+
+
+def test_a_second_start_changes_nothing(
+    start: Callable[..., Process], show: Show, machine: Machine, desktop: Desktop
+) -> None:
+    first = start()
+    assert show(PROGRAM, machine.environ).wait(BOUND_S) == 0
+    assert len(xdotool(desktop, "search", "--onlyvisible", "--name", f"^{NAME}$").split()) == 1
+    assert ended(first) == 0
+
+
+@pytest.fixture
+def window_opens(desktop: Desktop) -> Iterator[Callable[[], None]]:
+    """Waits for the window, and ends it after the test."""
+    found: set[int] = set()
+
+    def wait() -> None:
+        windows = xdotool(desktop, "search", "--sync", "--onlyvisible", "--name", f"^{TITLE}$").split()
+        found.update(int(xdotool(desktop, "getwindowpid", window)) for window in windows)
+
+    yield wait
+    assert len(found) == 1
+    for pid in found:
+        process = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGTERM)
+        assert select.select([process], [], [], BOUND_S)[0], "the window does not end"
+        os.close(process)
+    # The X server takes its windows away a moment later.
+    search = ["xdotool", "search", "--onlyvisible", "--name", f"^{TITLE}$"]
+    end = time.monotonic() + BOUND_S
+    while subprocess.run(search, env=dict(desktop.environ), capture_output=True).stdout:
+        assert time.monotonic() < end
+
+
+def test_a_click_on_a_notice_opens_the_window(
+    start: Callable[..., Process],
+    serve: Callable[[], Notices],
+    forward: Command,
+    window_opens: Callable[[], None],
+) -> None:
+    notices = serve()
+    start()
+    forward("add", "personal", "81", "--from", "any")
+    found = notices.next()
+    assert found["actions"][0] == "default"
+    notices.click(found["id"])
+    window_opens()
+
+
+def test_a_click_on_the_icon_opens_the_window(
+    start: Callable[..., Process], desktop: Desktop, window_opens: Callable[[], None]
+) -> None:
+    start()
+    search = ["search", "--onlyvisible", "--name", f"^{NAME}$"]
+    xdotool(desktop, *search, "mousemove", "--window", "%1", "8", "8", "click", "1")
+    window_opens()
