@@ -35,7 +35,7 @@ class Resuming:
         self._seen: Look | None = None
         self._looks = 0
         self._cancel: Callable[[], None] = lambda: None
-        self._question = Question(board, tell, _("Resume"), _("_Resume"))
+        self._question = Question(board, tell, _("Resume"), _("_Resume"), "note")
         self._question.at_end(self._ended)
         self.widget = self._question.widget
         self._head, self._text, self._problem = Text(style="title"), Text(), Text(style="bad")
@@ -85,6 +85,10 @@ class Resuming:
                 self._offer()
             return
         self._head.show(found.head, "anybody" if found.is_anybody else "title")
+        if found.is_anybody:
+            self._question.rename(_("_Resume: open to anybody"), "anybody")
+        else:
+            self._question.rename(_("_Resume"), "note")
         self._text.show("\n\n".join(found.lines))
         self._question.fit()
         self._withdraw()

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from faulty import allowed, is_held
 from looks import look
-from panes import Told, button, looked, text
+from panes import Told, button, looked, of, plain, text
 from screen import settle, until
 from worlds import NOW, Command, rule
 
@@ -16,6 +16,7 @@ from qubes_fwd_qrexec.admin.views.times import print_time
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.window import widgets
 from qubes_fwd_qrexec.window.board import Board
+from qubes_fwd_qrexec.window.gtk import Gtk
 from qubes_fwd_qrexec.window.reopening import SHOWN_MAX, reopening
 from qubes_fwd_qrexec.window.resuming import Resuming
 
@@ -90,10 +91,16 @@ class Case:
 
     @property
     def may_resume(self) -> bool:
-        return button(self.dialog.widget, "Resume").get_sensitive()
+        return self.button.get_sensitive()
+
+    @property
+    def button(self) -> Gtk.Button:
+        """The one that resumes."""
+        (found,) = (each for each in of(self.dialog.widget, Gtk.Button) if plain(each).startswith("Resume"))
+        return found
 
     def resume(self) -> None:
-        button(self.dialog.widget, "Resume").clicked()
+        self.button.clicked()
 
     @property
     def text(self) -> str:
@@ -124,6 +131,16 @@ def test_it_opens_what_it_shows_after_a_second(case: Case, opened: LabDirectory)
     assert (case.is_open, is_held(opened), len(allowed(opened))) == (False, False, 2)
     assert case.told[0].is_well
     assert case.told[0].lines[0] == "Nothing is held any more. Open again:"
+
+
+def test_that_it_opens_to_anybody_is_on_the_button(case: Case, forward: Command) -> None:
+    case.open()
+    context = case.button.get_style_context()
+    assert (plain(case.button), context.has_class("anybody")) == ("Resume: open to anybody", True)
+    forward("remove", "personal", "tcp-81")
+    looked(case.board)
+    until(lambda: "1 forward opens again." in case.text)
+    assert (plain(case.button), context.has_class("anybody")) == ("Resume", False)
 
 
 def test_what_changes_meanwhile_is_shown_and_not_agreed_to_at_once(case: Case, forward: Command) -> None:

@@ -25,7 +25,7 @@ SERVER = Path(__file__).parent / "notifyserver.py"
 INDICATOR = "import sys; from qubes_fwd_qrexec.window import program; sys.exit(program.indicator())"
 PROGRAM = ["-P", "-c", INDICATOR]
 NAME = "qubes-forward-indicator"
-Process = subprocess.Popen[bytes]
+Started = Callable[..., subprocess.Popen[bytes]]
 
 
 class Notices:
@@ -97,28 +97,26 @@ def xdotool(desktop: Desktop, *words: str) -> str:
 
 
 @pytest.fixture
-def start(
-    desktop: Desktop, panel: None, show: Show, machine: Machine, forward: Command
-) -> Callable[..., Process]:
+def start(desktop: Desktop, panel: None, show: Show, machine: Machine, forward: Command) -> Started:
     """Starts the indicator, where something is open; returns when its icon is in the panel."""
 
-    def start(**environ: str) -> Process:
+    def start(**environ: str) -> subprocess.Popen[bytes]:
         assert forward(*ADD).status == 0
         # GDK finds fault with every icon in a tray, which the program leaves out of what it says.
-        process = show(PROGRAM, machine.environ | {"G_DEBUG": ""} | environ)
+        process = show(PROGRAM, machine.environ | {"G_DEBUG": ""} | environ).process
         xdotool(desktop, "search", "--sync", "--onlyvisible", "--name", f"^{NAME}$")
         return process
 
     return start
 
 
-def ended(process: Process, number: int = signal.SIGTERM) -> int:
+def ended(process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> int:
     process.send_signal(number)
     return process.wait(BOUND_S)
 
 
 def test_what_opens_and_closes_is_told(
-    start: Callable[..., Process],
+    start: Started,
     serve: Callable[[], Notices],
     forward: Command,
     lab: LabDirectory,
@@ -141,7 +139,7 @@ def test_what_opens_and_closes_is_told(
 
 
 def test_a_later_notice_of_a_rule_takes_the_place_of_the_earlier(
-    start: Callable[..., Process], serve: Callable[[], Notices], forward: Command, lab: LabDirectory
+    start: Started, serve: Callable[[], Notices], forward: Command, lab: LabDirectory
 ) -> None:
     notices = serve()
     start()
@@ -155,7 +153,7 @@ def test_a_later_notice_of_a_rule_takes_the_place_of_the_earlier(
 
 
 def test_without_anybody_to_tell_it_goes_on(
-    start: Callable[..., Process], serve: Callable[[], Notices], forward: Command
+    start: Started, serve: Callable[[], Notices], forward: Command
 ) -> None:
     process = start()
     forward("add", "personal", "81", "--from", "any")
@@ -167,21 +165,21 @@ def test_without_anybody_to_tell_it_goes_on(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_end_it_does_without_a_word(start: Callable[..., Process], number: int) -> None:
+def test_asked_to_end_it_does_without_a_word(start: Started, number: int) -> None:
     assert ended(start(), number) == 0
 
 
-def test_it_works_without_a_bus(start: Callable[..., Process], forward: Command) -> None:
+def test_it_works_without_a_bus(start: Started, forward: Command) -> None:
     process = start(DBUS_SESSION_BUS_ADDRESS="unix:path=/nowhere")
     forward("add", "personal", "81", "--from", "any")
     assert ended(process) == 0
 
 
 def test_a_second_start_changes_nothing(
-    start: Callable[..., Process], show: Show, machine: Machine, desktop: Desktop
+    start: Started, show: Show, machine: Machine, desktop: Desktop
 ) -> None:
     first = start()
-    assert show(PROGRAM, machine.environ).wait(BOUND_S) == 0
+    assert show(PROGRAM, machine.environ).process.wait(BOUND_S) == 0
     assert len(xdotool(desktop, "search", "--onlyvisible", "--name", f"^{NAME}$").split()) == 1
     assert ended(first) == 0
 
@@ -210,7 +208,7 @@ def window_opens(desktop: Desktop) -> Iterator[Callable[[], None]]:
 
 
 def test_a_click_on_a_notice_opens_the_window(
-    start: Callable[..., Process],
+    start: Started,
     serve: Callable[[], Notices],
     forward: Command,
     window_opens: Callable[[], None],
@@ -225,7 +223,7 @@ def test_a_click_on_a_notice_opens_the_window(
 
 
 def test_a_click_on_the_icon_opens_the_window(
-    start: Callable[..., Process], desktop: Desktop, window_opens: Callable[[], None]
+    start: Started, desktop: Desktop, window_opens: Callable[[], None]
 ) -> None:
     start()
     search = ["search", "--onlyvisible", "--name", f"^{NAME}$"]
