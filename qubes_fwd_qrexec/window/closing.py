@@ -119,7 +119,7 @@ class Closing:
         content.pack_start(self._report.widget, True, True, 0)
         for each in (self._resume, self._no, self._yes):
             if each is not None:
-                self.widget.get_action_area().pack_start(each, False, False, 0)
+                self.widget.add_action_widget(each, Gtk.ResponseType.NONE)
         content.show_all()
 
     def open(self, parent: Gtk.Window | None) -> None:
