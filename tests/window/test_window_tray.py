@@ -85,15 +85,19 @@ def panel(desktop: Desktop) -> Iterator[None]:
 
 
 def xdotool(desktop: Desktop, *words: str) -> str:
-    done = subprocess.run(
-        ["xdotool", *words],
-        env=dict(desktop.environ),
-        capture_output=True,
-        check=True,
-        timeout=BOUND_S,
-        text=True,
-    )
-    return done.stdout
+    """What it prints. It fails where a window goes while it looks, and is asked again then."""
+    end = time.monotonic() + BOUND_S
+    while True:
+        done = subprocess.run(
+            ["xdotool", *words],
+            env=dict(desktop.environ),
+            capture_output=True,
+            timeout=BOUND_S,
+            text=True,
+        )
+        if done.returncode == 0:
+            return done.stdout
+        assert time.monotonic() < end, done.stderr
 
 
 @pytest.fixture
@@ -184,27 +188,31 @@ def test_a_second_start_changes_nothing(
     assert ended(first) == 0
 
 
+def windows(desktop: Desktop) -> set[int]:
+    """The processes of the windows that are there."""
+    search = ["xdotool", "search", "--onlyvisible", "--name", f"^{TITLE}$", "getwindowpid", "%@"]
+    found = subprocess.run(search, env=dict(desktop.environ), capture_output=True, timeout=BOUND_S)
+    return set(map(int, found.stdout.split()))
+
+
 @pytest.fixture
 def window_opens(desktop: Desktop) -> Iterator[Callable[[], None]]:
-    """Waits for the window, and ends it after the test."""
-    found: set[int] = set()
+    """Waits for one window more, and ends it after the test."""
+    before, found = windows(desktop), set[int]()
 
     def wait() -> None:
-        windows = xdotool(desktop, "search", "--sync", "--onlyvisible", "--name", f"^{TITLE}$").split()
-        found.update(int(xdotool(desktop, "getwindowpid", window)) for window in windows)
+        end = time.monotonic() + BOUND_S
+        while not found:
+            assert time.monotonic() < end, "there is no window"
+            xdotool(desktop, "search", "--sync", "--onlyvisible", "--name", f"^{TITLE}$")
+            found.update(windows(desktop) - before)
 
     yield wait
-    assert len(found) == 1
     for pid in found:
         process = os.pidfd_open(pid)
         os.kill(pid, signal.SIGTERM)
         assert select.select([process], [], [], BOUND_S)[0], "the window does not end"
         os.close(process)
-    # The X server takes its windows away a moment later.
-    search = ["xdotool", "search", "--onlyvisible", "--name", f"^{TITLE}$"]
-    end = time.monotonic() + BOUND_S
-    while subprocess.run(search, env=dict(desktop.environ), capture_output=True).stdout:
-        assert time.monotonic() < end
 
 
 def test_a_click_on_a_notice_opens_the_window(
