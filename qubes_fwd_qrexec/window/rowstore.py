@@ -71,7 +71,7 @@ class RowStore:
         kept_in: dict[Item, set[Item]] = {group.qube: {*(row.key for row in group.rows)} for group in groups}
         for group in tuple(self._orders[None]):
             kept = kept_in.get(group) or set()
-            for item in tuple(reversed(self._orders[group])):
+            for item in tuple(self._orders[group]):
                 if item not in kept:
                     self._take(group, item)
                     yield item

@@ -45,6 +45,8 @@ def test_each_choice_is_told_once(shown: Shown) -> None:
     shown.filters.search.set_text(" web ")
     wanted = Filter(Show.OPEN, QubeName("sys-net"), "web")
     until(lambda: shown.filters.filter == wanted)
+    shown.filters.search.set_text("web")
+    shown.filters.search.emit("search-changed")
     assert shown.told == [Filter(Show.OPEN), Filter(Show.OPEN, QubeName("sys-net")), wanted]
 
 

@@ -241,6 +241,11 @@ def test_where_nothing_can_be_changed_no_button_changes_anything(shown: Shown, f
     assert [item.get_label() for item in menu.get_children() if item.get_sensitive()] == ["Dia_gnose"]
 
 
+def test_a_button_tells_its_key(shown: Shown) -> None:
+    shown.look()
+    assert pressable(shown.widget, "Add…").get_tooltip_text() == "A new forward (Ctrl+N)"
+
+
 def test_everything_can_be_closed_at_any_time(shown: Shown) -> None:
     pressable(shown.widget, "Close everything…").clicked()
     assert shown.asked.calls == [("close_everything",)]
@@ -258,15 +263,15 @@ def test_the_details_are_beside_the_list_or_below_it(shown: Shown, forward: Comm
     forward(*ADD)
     shown.look()
     (paned,) = inside(shown.widget, Gtk.Paned)
-    for width, height, wanted in (
-        (WIDE, 700, Gtk.Orientation.HORIZONTAL),
-        (800, 600, Gtk.Orientation.VERTICAL),
-        (3840, 2160, Gtk.Orientation.HORIZONTAL),
+    for width, height, wanted, wanted_share in (
+        (WIDE, 700, Gtk.Orientation.HORIZONTAL, 0.6),
+        (800, 600, Gtk.Orientation.VERTICAL, 0.42),
+        (3840, 2160, Gtk.Orientation.HORIZONTAL, 0.6),
     ):
         shown.widget.resize(width, height)
         until(lambda wanted=wanted: paned.get_orientation() is wanted)
         until(lambda size=(width, height): shown.widget.get_size() == size)
-        until(lambda: 0.3 < share(paned) < 0.7)
+        until(lambda wanted_share=wanted_share: abs(share(paned) - wanted_share) < 0.05)
 
 
 def share(paned: Gtk.Paned) -> float:

@@ -10,7 +10,7 @@ from screen import settle, until
 
 from qubes_fwd_qrexec.admin.states import State
 from qubes_fwd_qrexec.common.values import QubeName
-from qubes_fwd_qrexec.window.cells import Item
+from qubes_fwd_qrexec.window.cells import Cells, Item
 from qubes_fwd_qrexec.window.gtk import Atk, Gdk, GLib, Gtk
 from qubes_fwd_qrexec.window.portions import PORTION_S, Portions
 from qubes_fwd_qrexec.window.rows import ENDED
@@ -18,6 +18,7 @@ from qubes_fwd_qrexec.window.rulelist import RuleList
 
 WORK, PERSONAL = group("work", row("tls"), row("web")), group("personal", row("wiki", "personal"))
 WEB: Item = (QubeName("work"), "web")
+FOREGROUND = Cells._fields.index("state_foreground")
 TLS: Item = (QubeName("work"), "tls")
 
 
@@ -193,11 +194,35 @@ def test_other_rules_take_the_place_of_those_that_are_not_all_shown_yet(shown: S
     assert shown.picked == [WEB]
 
 
+def test_a_rule_that_is_chosen_before_it_is_shown_is_told_once_it_is(shown: Shown) -> None:
+    shown.list.show((group("work", row("tls")),))
+    shown.list.choose(TLS)
+    shown.list.show((*system(100, 5), WORK))
+    shown.list.choose(WEB)
+    until(lambda: not shown.list.is_filling)
+    assert shown.picked == [TLS, WEB]
+
+
 def test_a_list_that_goes_is_not_filled_any_more(shown: Shown) -> None:
     shown.list.show(system(100, 5))
+    tree = shown.view.get_model()
     shown.window.destroy()
+    count = tree.iter_n_children(None)
     settle()
     assert not shown.list.is_filling
+    assert tree.iter_n_children(None) == count
+
+
+def test_what_is_selected_has_no_colour_of_its_own(shown: Shown) -> None:
+    def colours() -> list[bool]:
+        return [bool(each[FOREGROUND]) for each in shown.view.get_model()[0].iterchildren()]
+
+    shown.list.show((WORK,))
+    press(shown.view, Gdk.KEY_Home)
+    press(shown.view, Gdk.KEY_Down)
+    assert colours() == [False, True]
+    press(shown.view, Gdk.KEY_Down)
+    assert colours() == [True, False]
 
 
 def test_keys_go_through_the_rows_fold_them_and_open_the_details(shown: Shown) -> None:
