@@ -18,7 +18,7 @@ from .agreement import Agreement, Turn, agreement
 from .board import Board, Later
 from .commands import Commands
 from .gtk import Gtk
-from .kept import Text
+from .kept import LINE_MAX, Text
 from .question import Question, Tell
 from .widgets import GAP
 from .words import _
@@ -126,7 +126,7 @@ class Confirmation:
 
 
 def _cell(words: str, style: str) -> Gtk.Label:
-    cell = Text(style=style)
+    cell = Text(style=style, longest=LINE_MAX)
     cell.show(words)
     cell.widget.set_yalign(0)
     cell.widget.set_hexpand(True)

@@ -59,8 +59,9 @@ class Diagnosis:
         state = row(self._spinner, self._state.widget)
         body = column(self._checks.widget, state, self._last.widget, gap=2 * GAP)
         self.widget.get_content_area().pack_start(scrolled(body), True, True, 0)
-        for each in (self._copy, self._again, self._close):
-            self.widget.get_action_area().pack_start(each, False, False, 0)
+        buttons = row(self._copy, self._again, self._close)
+        buttons.set_halign(Gtk.Align.END)
+        self.widget.get_content_area().pack_end(buttons, False, False, 0)
 
     def open(self, parent: Gtk.Window | None, key: Key) -> None:
         """Diagnose a rule."""

@@ -17,10 +17,12 @@ V = TypeVar("V")
 _V = TypeVar("_V", contravariant=True)
 # A label that is not told how narrow it may be lays its text out again and again to find that.
 _CHARS_MIN = 10
-TEXT_MAX = 1000
+TEXT_MAX = 600
 """Characters of one text. Two hundred networks have more, and it takes long to lay them out."""
 LINE_MAX = 4000
-"""Characters of one of many lines, which GTK lays out one by one."""
+"""Characters of one of many lines."""
+PIECE_MAX = 400
+"""GTK lays lines out one by one, so that a long one is broken into pieces of so many characters."""
 # How many widgets of one row may take the focus one after the other.
 _FOCI_MAX = 8
 
@@ -28,16 +30,19 @@ _FOCI_MAX = 8
 class Text:
     """A text, which takes no room while it is empty."""
 
-    def __init__(self, *, wraps: bool = True, is_selectable: bool = True, style: str = "") -> None:
+    def __init__(
+        self, *, wraps: bool = True, is_selectable: bool = True, style: str = "", longest: int = TEXT_MAX
+    ) -> None:
         self.widget = label(wraps=wraps, is_selectable=is_selectable, style=style)
         self.widget.set_no_show_all(True)
         self._wraps = wraps
+        self._longest = longest
         self._shown = ""
         self._style = style
 
     def show(self, text: str, style: str | None = None) -> None:
-        """``style`` takes the place of the class that it had. What is longer than `TEXT_MAX` is cut."""
-        text = shortened(text, TEXT_MAX)
+        """``style`` takes the place of the class that it had. What is too long is cut."""
+        text = shortened(text, self._longest)
         if text != self._shown:
             if bool(text) is not bool(self._shown):
                 self.widget.set_visible(bool(text))
@@ -65,10 +70,14 @@ class Lines:
 
     def show(self, text: str) -> None:
         """Of a line that is longer than `LINE_MAX` the rest is cut."""
-        text = "\n".join(shortened(line, LINE_MAX) for line in text.split("\n"))
+        text = "\n".join(piece for line in text.split("\n") for piece in _pieces(shortened(line, LINE_MAX)))
         if text != self._shown:
             self._shown = text
             self.widget.get_buffer().set_text(text)
+
+
+def _pieces(line: str) -> list[str]:
+    return [line[at : at + PIECE_MAX] for at in range(0, max(len(line), 1), PIECE_MAX)]
 
 
 class Row(Protocol[_V]):

@@ -12,7 +12,7 @@ from .actions import Done, error_lines
 from .board import Board
 from .gtk import Atk, Gtk
 from .kept import Text
-from .widgets import GAP, button, column, named, scrolled
+from .widgets import GAP, button, column, named, row, scrolled
 from .words import _
 
 Job = Callable[[Backend], Done]
@@ -49,8 +49,10 @@ class Question:
         content.set_spacing(2 * GAP)
         content.pack_start(self._place, True, True, 0)
         content.pack_start(self._error.widget, False, False, 0)
-        for each in (self._no, self._yes):
-            self.widget.get_action_area().pack_start(each, False, False, 0)
+        # The dialog's own place for buttons is deprecated, or has each of them end the dialog.
+        buttons = row(self._no, self._yes)
+        buttons.set_halign(Gtk.Align.END)
+        content.pack_end(buttons, False, False, 0)
         named(self.widget, title)
 
     def open(self, parent: Gtk.Window | None) -> None:

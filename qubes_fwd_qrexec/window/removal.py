@@ -8,7 +8,7 @@ from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.states import Forward, Key
 from qubes_fwd_qrexec.admin.views import reasons
-from qubes_fwd_qrexec.admin.views.tables import escaped
+from qubes_fwd_qrexec.admin.views.tables import escaped, shortened
 from qubes_fwd_qrexec.common.rules import OnExpire
 
 from . import actions, rows
@@ -17,7 +17,7 @@ from .board import Board
 from .commands import Commands
 from .entries import Entry
 from .gtk import Gtk
-from .kept import Text
+from .kept import TEXT_MAX, Text
 from .look import Look
 from .question import Question, Tell
 from .words import _, ngettext
@@ -35,7 +35,7 @@ class Removal:
         self._question = Question(board, tell, _("Remove forwards"), _("_Remove"), "bad")
         self._question.at_end(self._ended)
         self.widget = self._question.widget
-        self._head, self._text = Text(style="title"), Text()
+        self._head, self._text = Text(style="title"), Text(longest=SHOWN_MAX * TEXT_MAX)
         for each in (self._head, self._text):
             self._question.body.pack_start(each.widget, False, False, 0)
         self._end = board.subscribe(self._follow)
@@ -90,4 +90,4 @@ def _closes(entry: Entry, forward: Forward | None) -> str:
         parts.append(_("Its connections are cut.") if is_cut else drains)
     elif not entry.is_live:
         parts.append(_("It opens nothing."))
-    return " ".join(filter(None, parts))
+    return shortened(" ".join(filter(None, parts)), TEXT_MAX)

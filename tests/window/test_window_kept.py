@@ -8,7 +8,7 @@ from panes import PROBE, of, shown, text
 from screen import settle, until
 
 from qubes_fwd_qrexec.window.gtk import Gtk
-from qubes_fwd_qrexec.window.kept import LINE_MAX, TEXT_MAX, Lines, Rows, Text
+from qubes_fwd_qrexec.window.kept import LINE_MAX, PIECE_MAX, TEXT_MAX, Lines, Rows, Text
 from qubes_fwd_qrexec.window.portions import PORTION_S, Portions
 from qubes_fwd_qrexec.window.widgets import column
 
@@ -105,8 +105,10 @@ def test_what_is_too_long_is_cut() -> None:
     lines.show(f"{'x' * 100_000}\nshort")
     assert len(said.widget.get_text()) == TEXT_MAX
     lines.widget.show()
-    first, second = text(lines.widget).split("\n")
-    assert (len(first), second) == (LINE_MAX, "short")
+    *pieces, last = text(lines.widget).split("\n")
+    assert (sum(map(len, pieces)), max(map(len, pieces)), last) == (LINE_MAX, PIECE_MAX, "short")
+    lines.show("one\n\ntwo")
+    assert text(lines.widget) == "one\n\ntwo"
 
 
 def test_a_short_text_asks_for_no_more_than_its_width() -> None:
