@@ -43,7 +43,7 @@ _NOW = 1_781_517_600
 _LAN = "--from=192.168.0.0/16"
 _RULES = (
     ("work", "80:8080", "--name=web", _LAN, "--expire=+7h", "--comment=the team's page"),
-    ("work", "8443", "--name=photos", "--from=any", "--expire=+25m", "--comment=for the party"),
+    ("work", "443:8443", "--name=photos", "--from=any", "--expire=+25m", "--comment=for the party"),
     ("work", "2222:22", "--name=ssh", _LAN, "--disabled"),
     ("personal", "3000", "--name=wiki", "--from=10.0.0.0/8"),
     ("vault", "5353:53", "--name=names", "--proto=udp", "--from=10.0.0.0/8", "--via=sys-net"),
@@ -52,6 +52,7 @@ _REFUSED = (
     "action=forward srcports=9000 srchosts=any via=sys-net owner=untrusted path=sys-vpn,sys-firewall,sys-net"
 )
 _EDITOR, _CONFIRMATION, _DIAGNOSIS = "Add a forward", "Confirm a forward", "Diagnosis of work web"
+_GERMAN = "Qubes-Portweiterleitungen"
 _LARGE = (1400, 1000)
 _MANY = 200
 _COLOURS = "64"
@@ -78,6 +79,8 @@ def _some(lab: LabDirectory, machine: Machine) -> None:
     lab.set_feature("untrusted", "forward.typo", "action=forward srcport=9001 srchosts=any")
     for argument in ("", "clients"):
         machine.answer("sys-net", f"{STATUS_SERVICE}+{argument}", json.dumps(status(_NOW)).encode())
+    tried = {"answer": "refused", "reason": "server", "text": "connection refused"}
+    machine.answer("work", f"{STATUS_SERVICE}+8080", json.dumps(status(_NOW) | {"trial": tried}).encode())
 
 
 def _many(lab: LabDirectory, machine: Machine) -> None:
@@ -98,7 +101,7 @@ def _many(lab: LabDirectory, machine: Machine) -> None:
 
 def _look(user: "Reader", desktop: Desktop) -> None:
     """At the forward that has clients."""
-    user.select("the team's page")
+    user.select("sys-net:80")
     user.reads("192.168.1.71")
 
 
@@ -134,15 +137,17 @@ def _filter(user: "Reader", desktop: Desktop) -> None:
 
 
 class Picture(NamedTuple):
-    """Of which window: of a system, after what the user did there, on a screen of that size and with settings
-    of the session.
+    """Of a system, after what the user did there, on a screen of that size with settings of the session.
+
+    It is of the window ``title``; ``main`` is the title of the program's own.
     """
 
     system: Callable[[LabDirectory, Machine], None] = _some
     act: Callable[["Reader", Desktop], None] = _look
-    size: tuple[int, int] = (1180, 760)
+    size: tuple[int, int] = (1180, 860)
     settings: Mapping[str, str] = {}
     title: str = TITLE
+    main: str = TITLE
 
 
 PICTURES = {
@@ -151,7 +156,7 @@ PICTURES = {
     "window-small": Picture(size=(800, 600)),
     "window-empty": Picture(_none, _only_look),
     "window-many": Picture(_many, _filter),
-    "window-german": Picture(settings={"LANGUAGE": "de"}),
+    "window-german": Picture(settings={"LANGUAGE": "de"}, title=_GERMAN, main=_GERMAN),
     "add": Picture(act=_add, size=_LARGE, title=_EDITOR),
     "confirm": Picture(act=_confirm, size=_LARGE, title=_CONFIRMATION),
     "diagnose": Picture(act=_diagnose, size=_LARGE, title=_DIAGNOSIS),
@@ -179,10 +184,10 @@ def take(name: str) -> None:
             said = Path(place, "stderr")
             words = [sys.executable, "-P", "-c", MANAGER]
             user.why_in_vain = Shown(desktop.start(words, machine.environ, said), said).why_not
-            user.until(lambda: user.seen(TITLE), "the window is there")
+            user.until(lambda: user.seen(picture.main), "the window is there")
             desktop.clear_pointer()
-            desktop.size(TITLE, *picture.size)
-            desktop.focus(TITLE)
+            desktop.size(picture.main, *picture.size)
+            desktop.focus(picture.main)
             picture.act(user, desktop)
             user.settle()
             _save(PLACE / f"{name}.png", desktop, picture.title)
