@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The program qubes-forward-manager: one window for each system, and the dialogs that it opens."""
 
-import hashlib
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -44,7 +42,7 @@ class Manager:
     def __init__(self, start: Start, ended: Callable[[], object]) -> None:
         self._ended = ended
         self._is_closed = False
-        self._changing: set[Key | None] = set()
+        self._asked: list[tuple[object, dict[str, object]]] = []
         self.board = Board(start.open_backend, deliver, later)
         self.window = MainWindow(self.board, self, self.close)
         self.widget = self.window.widget
@@ -155,28 +153,36 @@ class Manager:
         """Change a rule as it is shown now; one that is gone since then is no error."""
         look = self.board.look
         if look is not None:
-            self._do(partial(change, key=key, seen=Seen.of(look.snapshot, key)), key)
+            self._do(partial(change, key=key, seen=Seen.of(look.snapshot, key)))
 
-    def _do(self, change: Callable[..., Done], key: Key | None = None) -> None:
-        """Change something; one change of each rule at a time, so that a second click asks for nothing."""
-        if key in self._changing:
+    def _do(self, change: Callable[..., Done]) -> None:
+        """Change something, after all that was asked for before; the same again at once asks for nothing."""
+        what = _told_apart(change)
+        if self._asked[-1:] == [what]:
             return
-        self._changing.add(key)
+        self._asked.append(what)
         self.window.be_busy(is_busy=True)
 
         def ended(outcome: Done | Exception) -> None:
-            self._changing.remove(key)
-            self.window.be_busy(is_busy=bool(self._changing))
+            self._asked.remove(what)
+            self.window.be_busy(is_busy=bool(self._asked))
             self.tell(outcome)
 
         self.board.change(lambda backend: change(backend, self.board.now), ended, ended)
+
+
+def _told_apart(change: Callable[..., Done]) -> tuple[object, dict[str, object]]:
+    """What a change does to which rule, whatever the user saw of it."""
+    if not isinstance(change, partial):
+        return change, {}
+    return change.func, {name: value for name, value in change.keywords.items() if name != "seen"}
 
 
 class Program(Gtk.Application):
     """The place in the session: a second start of the program shows the window of the first."""
 
     def __init__(self, start: Start) -> None:
-        super().__init__(application_id=_id(start.lab))
+        super().__init__(application_id=start.application_id(APP_ID))
         self._start = start
         self.manager: Manager | None = None
 
@@ -223,10 +229,3 @@ def begin(start: Start) -> int:
         sys.excepthook = sys.__excepthook__
         for source in sources:
             GLib.source_remove(source)
-
-
-def _id(lab: str | None) -> str:
-    """Of the program for this system, or for one lab, so that each has a window of its own."""
-    if lab is None:
-        return APP_ID
-    return f"{APP_ID}.lab{hashlib.sha256(os.path.realpath(lab).encode()).hexdigest()[:16]}"

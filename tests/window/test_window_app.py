@@ -111,6 +111,19 @@ def test_clicks_while_a_change_waits_are_no_further_changes(running: Running, st
     assert not running.says("disabled")
 
 
+def test_what_is_asked_for_while_a_change_waits_is_done_after_it(
+    running: Running, lab: LabDirectory, store: Backend
+) -> None:
+    """Whoever opens something and regrets it closes it."""
+    with store.locked():
+        running.manager.disable(WEB)
+        running.manager.extend(WEB)
+        running.manager.disable(WEB)
+    until(lambda: not running.says("Working…"))
+    assert "enabled=no" in lab.features("work")["forward.web"]
+    assert running.says("work web was not disabled")
+
+
 def test_a_rule_that_is_no_longer_what_was_seen_is_not_changed(
     running: Running, lab: LabDirectory, forward: Command
 ) -> None:
