@@ -83,7 +83,7 @@ def test_everything_is_closed_at_a_button_and_open_again_when_resumed(
     user.reads("Everything is closed", "Close everything")
     assert not allowed(lab)
     user.press("Resume…", "Close everything")
-    user.press("Resume", "Resume")
+    user.press("Resume: open to anybody", "Resume")
     user.until_gone("Resume")
     user.reads("2 ports are open", TITLE)
     assert len(allowed(lab)) == 2
