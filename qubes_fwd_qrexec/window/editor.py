@@ -111,7 +111,6 @@ class _Dialog:
 
     def _fill(self, dialog: Gtk.Dialog) -> None:
         fields, verdict = scrolled(self.form.widget), scrolled(self._verdict.widget)
-        self.form.widget.set_focus_vadjustment(fields.get_vadjustment())
         verdict.set_min_content_height(_VERDICT_HEIGHT)
         content = dialog.get_content_area()
         content.pack_start(fields, True, True, 0)

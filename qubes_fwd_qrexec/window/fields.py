@@ -200,7 +200,7 @@ class NameEntry(Field):
         self._popover = Gtk.Popover()
         self._popover.connect("show", self._open_list)
         self._list = named(Gtk.MenuButton(popover=self._popover), _("Choose: {field}").format(field=name))
-        self._list.connect("destroy", lambda _: self._portions.stop())
+        self._list.connect("destroy", self._closed)
         self._control = row(named(self._entry, name), self._list, gap=0)
         self._control.get_style_context().add_class("linked")
         super().__init__(name, mnemonic, row(self._control, *beside), self._entry)
@@ -231,6 +231,11 @@ class NameEntry(Field):
         for name in names:
             self._names.append([name])
             yield
+
+    def _closed(self, _button: Gtk.MenuButton) -> None:
+        """A popover outlives what it belongs to, and keeps all that it calls."""
+        self._portions.stop()
+        self._popover.destroy()
 
     def _open_list(self, _popover: Gtk.Popover) -> None:
         """Make the list when it is opened first."""

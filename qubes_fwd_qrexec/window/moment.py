@@ -102,6 +102,8 @@ class Calendar:
         self._popover.connect("show", self._shown)
         self.widget = Gtk.MenuButton(label=_("Calendar…"), popover=self._popover)
         named(self.widget, _("Choose the day and the time"))
+        # It outlives the button otherwise, and keeps all that it calls.
+        self.widget.connect("destroy", lambda _: self._popover.destroy())
 
     def begin_at(self, seconds: float) -> None:
         """Show this time when it is opened next."""

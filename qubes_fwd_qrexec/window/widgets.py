@@ -63,9 +63,17 @@ def _box(orientation: Gtk.Orientation, widgets: tuple[Gtk.Widget, ...], gap: int
 
 
 def scrolled(widget: Gtk.Widget) -> Gtk.ScrolledWindow:
-    """A widget that may be higher than its place."""
+    """A widget that may be higher than its place; what has the focus in it is scrolled to."""
     made = Gtk.ScrolledWindow(hscrollbar_policy=Gtk.PolicyType.NEVER)
-    made.add(widget)
+    if isinstance(widget, Gtk.TreeView):
+        made.add(widget)
+        return made
+    # GTK would add one by itself, and at the end only take the widget out of it, which then lives on with all
+    # that it calls.
+    port = Gtk.Viewport(shadow_type=Gtk.ShadowType.NONE)
+    port.set_focus_vadjustment(made.get_vadjustment())
+    port.add(widget)
+    made.add(port)
     return made
 
 

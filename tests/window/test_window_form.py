@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The fields of Add and Edit on a screen: what a user types is what the draft has, and back."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,8 +17,9 @@ from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward
 from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.window.draft import Draft, Ends, Where
 from qubes_fwd_qrexec.window.form import Form
-from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.gtk import Atk, Gtk
 from qubes_fwd_qrexec.window.judging import Judgement
+from qubes_fwd_qrexec.window.widgets import scrolled
 
 PROBE = "<b>&amp; __x"
 
@@ -29,8 +32,8 @@ class Shown:
         self.form = Form(self._tell)
         for _ in self.form.making():
             assert self.told == 0
-        self.window = Gtk.Window()
-        self.window.add(self.form.widget)
+        self.window = Gtk.Window(default_width=740, default_height=780)
+        self.window.add(scrolled(self.form.widget))
         self.window.show_all()
         self.told = 0
 
@@ -290,3 +293,54 @@ def test_a_time_that_is_typed_is_said_in_full(shown: Shown) -> None:
     shown.entry("Until").set_text("2h")
     shown.radio("1 hour").set_active(True)
     assert not any("(in " in text for text in texts(shown.window))
+
+
+def test_a_reader_of_the_screen_comes_to_the_fields_in_their_order(shown: Shown) -> None:
+    names: list[str] = []
+
+    def read(accessible: Atk.Object) -> None:
+        names.append(accessible.get_name() or "")
+        for number in range(accessible.get_n_accessible_children()):
+            read(accessible.ref_accessible_child(number))
+
+    read(shown.form.widget.get_accessible())
+    fields = [
+        "Qube",
+        "Port of its server",
+        "Reachable at",
+        "Port there",
+        "Who may connect",
+        "How long",
+        "Comment",
+    ]
+    assert [name for name in names if name in fields] == sorted(
+        (name for name in names if name in fields), key=fields.index
+    )
+    assert names.index("Qube:") < names.index("Qube") < names.index("Comment:")
+
+
+def test_no_label_takes_the_name_of_a_radio_button(shown: Shown) -> None:
+    labels = [widget for widget in walk(shown.window) if isinstance(widget, Gtk.Label)]
+    led = [label.get_mnemonic_widget() for label in labels]
+    assert any(isinstance(widget, Gtk.Entry) for widget in led)
+    # That of a button leads to the button itself.
+    assert [
+        label.get_text()
+        for label, widget in zip(labels, led, strict=True)
+        if isinstance(widget, Gtk.RadioButton) and label.get_ancestor(Gtk.RadioButton) is None
+    ] == []
+
+
+def test_a_form_that_is_gone_is_let_go() -> None:
+    """Also where its lists and its calendar were opened."""
+    shown = Shown()
+    shown.form.fit(world(), NOW)
+    for button in [widget for widget in walk(shown.window) if isinstance(widget, Gtk.MenuButton)]:
+        if button.get_mapped():
+            button.set_active(True)
+            until(button.get_popover().get_mapped)
+            button.set_active(False)
+    form = weakref.ref(shown.form)
+    shown.window.destroy()
+    del shown, button
+    until(lambda: gc.collect() + 1 and form() is None)

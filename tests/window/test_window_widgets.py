@@ -75,3 +75,17 @@ def test_a_timer_comes_once_and_can_be_cancelled() -> None:
     settle()
     done()
     assert found == ["once"]
+
+
+def test_what_is_scrolled_ends_with_its_window() -> None:
+    ended: list[str] = []
+    window, content = Gtk.Window(), column(label("text"))
+    content.connect("destroy", lambda _: ended.append("content"))
+    window.add(scrolled(content))
+    window.destroy()
+    assert ended == ["content"]
+
+
+def test_a_list_scrolls_itself() -> None:
+    view = Gtk.TreeView()
+    assert scrolled(view).get_child() is view
