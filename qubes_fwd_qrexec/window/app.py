@@ -37,11 +37,14 @@ _ICON = "qubes-forward-manager"
 
 
 class Manager:
-    """All of the program but its place in the session. It is what `Commands` asks for."""
+    """All of the program but its place in the session. It is what `Commands` asks for.
 
-    def __init__(self, start: Start, ended: Callable[[], object]) -> None:
+    It ``is_closed`` when its window is gone; ``ended`` is called once a change that had begun is done, too.
+    """
+
+    def __init__(self, start: Start, ended: Callable[[], None]) -> None:
         self._ended = ended
-        self._is_closed = False
+        self.is_closed = False
         self._asked: list[tuple[object, dict[str, object]]] = []
         self.board = Board(start.open_backend, deliver, later)
         self.window = MainWindow(self.board, self, self.close)
@@ -57,16 +60,12 @@ class Manager:
         self.widget.present()
 
     def close(self) -> None:
-        """Finish a change that has begun, and end. The window is gone at once."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._forget()
-        self.widget.hide()
-        self.widget.get_display().sync()
-        self.board.close()
-        self.widget.destroy()
-        self._ended()
+        """Take the window away, and end after a change that has begun. The main loop goes on meanwhile."""
+        if not self.is_closed:
+            self.is_closed = True
+            self._forget()
+            self.widget.destroy()
+            self.board.close(waits=False, ended=self._ended)
 
     def _asked_to_close(self, *_event: object) -> bool:
         self.close()
@@ -179,24 +178,46 @@ def _told_apart(change: Callable[..., Done]) -> tuple[object, dict[str, object]]
 
 
 class Program(Gtk.Application):
-    """The place in the session: a second start of the program shows the window of the first."""
+    """The place in the session: a second start of the program shows the window of the first, or another one
+    once what that had begun is done.
+    """
 
     def __init__(self, start: Start) -> None:
         super().__init__(application_id=start.application_id(APP_ID))
         self._start = start
+        self._is_asked_again = False
         self.manager: Manager | None = None
 
     def perform_setup(self) -> Manager:
         """Make the window. Nothing is shown, and the system not looked at, before its `start`."""
-        self.manager = Manager(self._start, self.quit)
+        self.manager = Manager(self._start, self._ended)
         self.add_window(self.manager.widget)
         return self.manager
 
     def do_activate(self) -> None:
         if self.manager is None:
+            # It is no window that keeps it running, as a change may take longer.
+            self.hold()
             self.perform_setup().start()
+        elif self.manager.is_closed:
+            self._is_asked_again = True
         else:
             self.manager.widget.present()
+
+    def end(self) -> None:
+        """Close the window, and end."""
+        self._is_asked_again = False
+        if self.manager is None:
+            self.quit()
+        else:
+            self.manager.close()
+
+    def _ended(self) -> None:
+        if self._is_asked_again:
+            self._is_asked_again = False
+            self.perform_setup().start()
+        else:
+            self.quit()
 
 
 def begin(start: Start) -> int:
@@ -208,16 +229,14 @@ def begin(start: Start) -> int:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """A bug in what GTK calls ends nothing, and is shown."""
-        if program.manager is None or not isinstance(error, Exception):
+        manager = program.manager
+        if manager is None or manager.is_closed or not isinstance(error, Exception):
             sys.__excepthook__(kind, error, trace)
         else:
-            program.manager.tell(fault(error))
+            manager.tell(fault(error))
 
     def end() -> bool:
-        if program.manager is None:
-            program.quit()
-        else:
-            program.manager.close()
+        program.end()
         return True
 
     sys.excepthook = hook

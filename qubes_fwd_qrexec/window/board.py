@@ -129,14 +129,16 @@ class Board:
         """Ask qubes something."""
         self._asking.do(job, done, failed)
 
-    def close(self) -> None:
-        """End all, after a change that has begun."""
+    def close(self, *, waits: bool = True, ended: Callable[[], None] = lambda: None) -> None:
+        """End all, if it ``waits`` after a change that has begun. When that is done the main thread calls
+        ``ended``.
+        """
         self._cancel_tick()
         if self._news is not None:
             self._news.close()
         for worker in (self._looking, self._computing, self._asking):
             worker.close(waits=False)
-        self._changing.close()
+        self._changing.close(waits=waits, ended=ended)
 
     def _tell(self) -> None:
         for changed in tuple(self._told):

@@ -78,6 +78,7 @@ class MainWindow:
         whole.set_child_packing(self._paned, True, True, 0, Gtk.PackType.START)
         self.widget.add(whole)
         whole.show_all()
+        self.widget.connect("destroy", lambda _: self._portions.stop())
         self.widget.connect("size-allocate", lambda _, size: self._turn(size.width))
         self._paned.connect("size-allocate", lambda _, place: self._divide(place))
 

@@ -41,6 +41,7 @@ class Worker:
         self._jobs: list[_Job[Any]] = []
         self._has_news = Condition()
         self._is_closed = False
+        self._ended: Callable[[], None] = lambda: None
         # A call that hangs keeps no program from ending: what must end well is waited for by `close`.
         self._thread = Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -64,10 +65,12 @@ class Worker:
             self._jobs.append(_Job(job, done, failed, kind))
             self._has_news.notify()
 
-    def close(self, *, waits: bool = True) -> None:
-        """Begin no further job, and tell nobody of the one that runs; if it ``waits``, until that is done."""
+    def close(self, *, waits: bool = True, ended: Callable[[], None] = lambda: None) -> None:
+        """Begin no further job, and tell nobody of the one that runs; if it ``waits``, until that is done.
+        Then the main thread calls ``ended``.
+        """
         with self._has_news:
-            self._is_closed = True
+            self._is_closed, self._ended = True, ended
             self._has_news.notify()
         if waits:
             self._thread.join()
@@ -78,6 +81,7 @@ class Worker:
             with self._has_news:
                 self._has_news.wait_for(lambda: self._jobs or self._is_closed)
                 if self._is_closed:
+                    self._deliver(self._ended)
                     return
                 job = self._jobs.pop(0)
             try:

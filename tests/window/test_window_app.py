@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+from helpers import BOUND_S
 from onscreen import inside, texts
 from screen import settle, until
 from worlds import ADD, Command
@@ -183,6 +184,48 @@ def test_closing_waits_for_a_change_that_has_begun(running: Running, lab: LabDir
     assert done == [True]
     running.manager.close()
     assert running.ends == ["ended"]
+
+
+@pytest.mark.parametrize("is_ended", [False, True])
+def test_a_start_while_a_change_ends_shows_another_window(
+    lab: LabDirectory, forward: Command, is_ended: bool
+) -> None:
+    """Unless it is asked to end after that."""
+    forward(*ADD)
+    program = Program(Start(lambda: LabStore(lab), str(lab.root)))
+    begun, may_end = threading.Event(), threading.Event()
+    windows: list[Manager | None] = []
+
+    def change(_: Backend) -> Done:
+        begun.set()
+        assert may_end.wait(BOUND_S)
+        return Done((), (), is_well=True)
+
+    def story() -> Iterator[None]:
+        while (manager := program.manager) is None or not manager.widget.get_visible():
+            yield
+        manager.add()
+        manager.board.change(change, fail, fail)
+        assert begun.wait(BOUND_S)
+        program.end()
+        program.activate()
+        windows.append(program.manager)
+        if is_ended:
+            program.end()
+        may_end.set()
+        while program.manager is manager:
+            yield
+        windows.append(program.manager)
+        program.end()
+
+    def fail(_: object) -> None:
+        raise AssertionError
+
+    told = story()
+    source = GLib.timeout_add(10, lambda: next(told, None) is None)
+    assert program.run([]) == 0
+    GLib.source_remove(source)
+    assert len({*windows}) == (1 if is_ended else 2)
 
 
 def test_each_system_has_a_window_of_its_own(other_store: Callable[[], Backend], tmp_path: object) -> None:

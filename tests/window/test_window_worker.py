@@ -161,6 +161,16 @@ def test_closing_waits_for_the_job_that_runs_and_begins_no_other(loop: MainLoop)
     assert heard.found == []
 
 
+def test_the_main_thread_hears_of_the_end_of_the_job_that_ran(loop: MainLoop) -> None:
+    worker, did = Worker(lambda: None, loop.deliver), Heard()  # type: ignore[arg-type, return-value]
+    with held_up(worker):
+        worker.do(lambda _: did("begun"), fail, fail)
+        worker.close(waits=False, ended=lambda: did("ended"))
+        assert did.found == []
+    loop.until(lambda: did.found)
+    assert did.found == ["ended"]
+
+
 def test_closing_without_waiting_is_held_up_by_nothing(loop: MainLoop) -> None:
     worker = Worker(lambda: None, loop.deliver)  # type: ignore[arg-type, return-value]
     with held_up(worker):
