@@ -3,13 +3,14 @@
 
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.admin.views.tables import escaped
+from qubes_fwd_qrexec.admin.views.tables import escaped, shortened
 
 from .look import Look
 from .rows import Tone, summary
 from .words import _
 
 UNKNOWN_ICON = "qubes-forward-unknown"
+_TROUBLE_MAX = 500
 # They differ in their shapes.
 _ICONS = {
     Tone.CLOSED: "",
@@ -36,7 +37,7 @@ def indication(look: Look | None, trouble: str | None) -> Indication:
             if look is None
             else Indication(_ICONS[(found := summary(look)).tone], found.text)
         )
-    text = _("What is open now is not known: {why}").format(why=escaped(trouble))
+    text = _("What is open now is not known: {why}").format(why=shortened(escaped(trouble), _TROUBLE_MAX))
     if look is not None:
         before = _("Before that: {summary}").format(summary=summary(look).text)
         text = f"{text}\n{before}"

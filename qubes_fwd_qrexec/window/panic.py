@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.admin.confirming import Unconfirmed
 from qubes_fwd_qrexec.admin.revoking import Ended
 from qubes_fwd_qrexec.admin.views import confirmed, steps
 from qubes_fwd_qrexec.admin.views.listeners import GoesOn
-from qubes_fwd_qrexec.admin.views.tables import escaped
+from qubes_fwd_qrexec.admin.views.tables import escaped, shortened
 from qubes_fwd_qrexec.common.allowance import Allowance
 from qubes_fwd_qrexec.common.config import Service
 from qubes_fwd_qrexec.common.errors import ForwardError
@@ -27,6 +27,8 @@ from .words import _, ngettext
 # With 1,000 forwards a report has some 300 kB.
 REPORT_MAX_BYTES = 16 << 20
 LINE_MAX_BYTES = 64 << 10
+SHOWN_MAX = 2000
+"""Characters of a line: GTK takes seconds to lay out one of 100 kB."""
 _SAYS = "qvm-forward: "
 
 
@@ -90,7 +92,7 @@ class Reading:
         *lines, rest = (self._line + data).split(b"\n") if data else (self._line, b"")
         self._line = bytearray(rest[:LINE_MAX_BYTES])
         texts = (line.decode(errors="backslashreplace").removeprefix(_SAYS) for line in lines)
-        return [escaped(text) for text in texts if text]
+        return [_plain(text) for text in texts if text]
 
     def reported(self, data: bytes) -> None:
         """It wrote ``data`` on stdout."""
@@ -113,10 +115,10 @@ def _unknown(why: str, lab: str | None) -> Report:
     lines = [
         why,
         _("What was done before stands, and nobody knows what is open."),
-        _("Try again, or type in a terminal: {command}").format(command=typed(lab)),
+        _("Try again, or type in a terminal: {command}").format(command=_plain(typed(lab))),
     ]
     title = _("IT IS UNKNOWN WHETHER EVERYTHING IS CLOSED")
-    return Report(False, title, tuple(Line(escaped(line), is_bad=True) for line in lines))
+    return Report(False, title, tuple(Line(line, is_bad=True) for line in lines))
 
 
 def _ending(status: int) -> str:
@@ -167,13 +169,17 @@ def _goes_on(service: str, proto: str, **more: Any) -> GoesOn:
     return GoesOn(**more, service=Service(service), proto=Proto(proto))
 
 
+def _plain(text: str) -> str:
+    return shortened(escaped(text), SHOWN_MAX)
+
+
 def _lines(told: _Told) -> Iterator[Line]:
     """What is bad first, then what was done."""
     for text in told.not_done:
-        yield Line(_("Not done: {what}").format(what=escaped(text)), is_bad=True)
+        yield Line(_("Not done: {what}").format(what=_plain(text)), is_bad=True)
     doubts = map(confirmed.words, told.doubts)
     for text in (*told.open_still, *map(str, told.goes_on), *doubts):
-        yield Line(_("Still open: {what}").format(what=escaped(text)), is_bad=True)
+        yield Line(_("Still open: {what}").format(what=_plain(text)), is_bad=True)
     if not told.is_held:
         yield Line(_("Nothing is held: what is closed may open again."), is_bad=True)
     silent = confirmed.silent(told.doubts, Outcome(told.steps).told)
@@ -183,9 +189,9 @@ def _lines(told: _Told) -> Iterator[Line]:
         way = shlex.join(["qvm-shutdown", *targets])
         yield Line(_("To end these connections at once: {command}").format(command=way))
     for text in told.notes:
-        yield Line(_("Note: {text}").format(text=escaped(text)))
+        yield Line(_("Note: {text}").format(text=_plain(text)))
     for step in told.steps:
-        yield from (Line(escaped(text)) for text in steps.words(step))
+        yield from (Line(_plain(text)) for text in steps.words(step))
     if count := sum(each.ended for each in told.ended):
         qubes = ", ".join(sorted(each.target for each in told.ended if each.ended))
         text = ngettext("Ended {count} call in {qubes}.", "Ended {count} calls in {qubes}.", count)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin.states import Cause, Plan
 from qubes_fwd_qrexec.admin.views import reasons
-from qubes_fwd_qrexec.admin.views.tables import escaped
+from qubes_fwd_qrexec.admin.views.tables import escaped, shortened
 from qubes_fwd_qrexec.admin.views.times import print_time
 
 from .look import Look
@@ -14,6 +14,7 @@ from .words import _, ngettext
 
 SHOWN_MAX = 100
 """Of more forwards than that, the others are counted."""
+_LINE_MAX = 500
 
 
 class Reopening(NamedTuple):
@@ -43,7 +44,7 @@ def reopening(look: Look, now: float) -> Reopening | None:
 def _lines(planned: Plan) -> Iterator[str]:
     live = sorted(planned.live, key=lambda forward: forward.finding(Cause.ANYBODY) is None)
     for forward in live[:SHOWN_MAX]:
-        sentence = escaped(f"{forward.named}: {reasons.sentence(forward)}")
+        sentence = shortened(escaped(f"{forward.named}: {reasons.sentence(forward)}"), _LINE_MAX)
         yield f"{sentence} {end(forward.named.rule.expire)}"
     if (more := len(live) - SHOWN_MAX) > 0:
         yield ngettext("and {count} more", "and {count} more", more).format(count=more)

@@ -43,3 +43,7 @@ def test_while_the_system_cannot_be_read_it_says_so_and_what_was_before(seen: Lo
         f"Before that: {summary(seen).text}",
     ]
     assert indication(None, "no") == (icon, "What is open now is not known: no")
+
+
+def test_a_long_error_is_cut() -> None:
+    assert len(indication(None, "x" * 100_000).text) < 600

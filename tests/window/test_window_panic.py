@@ -140,6 +140,9 @@ def test_how_the_process_ended_is_said() -> None:
     report = panic.not_started(FileNotFoundError(2, "No such file or directory"))
     assert (report.is_closed, report.title) == (False, UNKNOWN)
     assert report.lines[0].text == "It could not be started: No such file or directory."
+    report = panic.not_started(OSError(19, "Gerät fehlt"), "/\x1b")
+    assert report.lines[0].text == "It could not be started: Gerät fehlt."
+    assert report.lines[-1].text == r"Try again, or type in a terminal: qvm-forward --lab '/\x1b' panic"
 
 
 def test_lines_are_shown_as_they_come_without_the_name_of_the_program() -> None:
@@ -150,11 +153,13 @@ def test_lines_are_shown_as_they_come_without_the_name_of_the_program() -> None:
     assert reading.said(b"") == []
 
 
-def test_a_line_without_an_end_is_cut() -> None:
+def test_a_line_without_an_end_is_kept_and_shown_in_part() -> None:
     reading = Reading()
     for _ in range(10):
         assert reading.said(b"x" * panic.LINE_MAX_BYTES) == []
-    assert reading.said(b"") == ["x" * panic.LINE_MAX_BYTES]
+    assert reading.said(b"") == [f"{'x' * (panic.SHOWN_MAX - 3)}..."]
+    long = read(OPEN | {"not_done": ["x" * 100_000], "open_still": ["y" * 100_000]}, 1)
+    assert max(len(line.text) for line in long.lines) < panic.SHOWN_MAX + 100
 
 
 def words_of(result: Result) -> Report:

@@ -42,6 +42,13 @@ def test_many_are_counted() -> None:
     assert (len(found.lines), found.lines[-1]) == (SHOWN_MAX + 1, "and 2 more")
 
 
+def test_a_long_sentence_is_cut() -> None:
+    many = ",".join(f"10.{n}.0.0/16" for n in range(200))
+    found = reopening(look(rule(f"srchosts={many}"), is_held=True), NOW)
+    assert found is not None
+    assert [len(line) < 600 for line in found.lines] == [True]
+
+
 def test_that_nothing_opens_is_said_and_without_a_hold_there_is_nothing_to_resume() -> None:
     found = reopening(look(rule("enabled=no"), is_held=True), NOW)
     assert found is not None
