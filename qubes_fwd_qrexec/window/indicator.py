@@ -42,11 +42,10 @@ class Indicator:
     def _show(self) -> None:
         found, was = indication(self._board.look, self._board.trouble), self._shown
         self._shown = found
-        if found.icon not in ("", was.icon):
-            self.icon.set_from_icon_name(found.icon)
         if found.text != was.text:
             self.icon.set_tooltip_text(found.text)
-        if bool(found.icon) is not bool(was.icon):
+        if found.icon != was.icon:
+            self.icon.set_from_icon_name(found.icon)
             self.icon.set_visible(bool(found.icon))
 
     def _pop_up(self, icon: Gtk.StatusIcon, button: int, time: int) -> None:

@@ -93,6 +93,7 @@ def test_a_click_opens_the_window_and_its_menu_does_what_it_says(case: Case) -> 
 def test_its_menu_pops_up(case: Case) -> None:
     case.indicator.icon.emit("popup-menu", 0, 0)
     until(case.indicator.menu.get_mapped)
+    assert all(item.get_mapped() for item in case.indicator.menu.get_children())
     case.indicator.menu.popdown()
     settle()
 
