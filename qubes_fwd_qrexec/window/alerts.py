@@ -47,7 +47,9 @@ def alerts(look: Look | None, left: Sequence[str], trouble: str | None) -> Itera
         yield Alert("trouble", text, _few([trouble]), Way.LOOK, _("_Look again"), is_bad=True)
     can_change = look.read_only is None
     if look.plan.is_held:
-        text = _("Everything is held: nothing is open, whatever the rules ask for.")
+        is_sure = trouble is None and not (look.due or left or look.snapshot.problems)
+        nothing = _("Everything is held: nothing is open, whatever the rules ask for.")
+        text = nothing if is_sure else _("Everything is held.")
         yield Alert("held", text, (), *_way(Way.RESUME, _("_Resume…"), can_change))
     if look.read_only is not None:
         text = _("Nothing can be changed from here: {reason}.").format(reason=escaped(look.read_only))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What qubes are told of rules now, where that is not what the rules ask for."""
+"""What qubes are told of rules now, and what policy allows, where that is not what the rules ask for."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -9,10 +9,11 @@ from enum import Enum, auto
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import Kind, Step
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
-from qubes_fwd_qrexec.admin.states import Config, Key, Plan
+from qubes_fwd_qrexec.admin.states import Config, Forward, Key, Plan
 from qubes_fwd_qrexec.common.config import ListenerConfig, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, is_nft_key, parse_nft_key
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 
 class Force(Enum):
@@ -60,7 +61,29 @@ def differing(plan: Plan, due: Iterable[Step]) -> Mapping[Key, InForce]:
                     config = _parsed(entry, step.was)
                     was.ports[entry] = max(was.ports.get(entry, 0), _ports(config))
                     was.is_anybody = was.is_anybody or config.sources.anyone
+    _add_allowed(found, plan, (line for step in due if step.kind is Kind.CLOSE_POLICY for line in step.lines))
     return found
+
+
+def _add_allowed(found: dict[Key, InForce], plan: Plan, lines: Iterable[str]) -> None:
+    """Add the rules of which dom0's policy still allows calls, though no qube is told of them any more. A
+    line says target and ports; where no rule has these, and nothing else explains it, its rule is gone.
+    """
+    closed: dict[QubeName, list[Forward]] = {}
+    for forward in plan:
+        if not forward.is_live:
+            closed.setdefault(forward.named.target, []).append(forward)
+    explained = {key[0] for key, now in found.items() if now.force is not Force.NOT_YET}
+    for target, calls in filter(None, map(policy.calls_of, lines)):
+        keys = [
+            forward.named[:2]
+            for forward in closed.get(target, ())
+            if forward.named.rule.target_ports.overlaps(calls.ports)
+        ]
+        if not keys and target not in explained:
+            keys = [(target, RuleName(""))]
+        for key in keys:
+            found.setdefault(key, InForce(Force.STILL))
 
 
 def _parsed(entry: str, text: str) -> Config:

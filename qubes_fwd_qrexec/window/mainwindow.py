@@ -127,7 +127,7 @@ class MainWindow:
 
     def _parts(self) -> Iterator[None]:
         board, look = self._board, self._board.look
-        self._summary.show(rows.summary(look))
+        self._summary.show(rows.summary(look, board.trouble))
         yield
         left = () if look is None else leftovers(look, board.figures)
         self._alerts.show(alerts.alerts(look, left, board.trouble))

@@ -239,10 +239,16 @@ class _Count(NamedTuple):
     denied: int
 
 
-def summary(look: Look | None) -> Summary:
-    """How much is open, and to whom; never that nothing is, where something else may be."""
+def summary(look: Look | None, trouble: str | None = None) -> Summary:
+    """How much is open, and to whom; never that nothing is, where something else may be. In ``trouble`` the
+    look may be old.
+    """
     if look is None:
         return Summary(_("What is open is not known."), Tone.UNKNOWN, 0)
+    if trouble is not None:
+        was = summary(look)
+        before = _("Before that: {summary}").format(summary=was.text)
+        return Summary(f"{_('What is open is not known.')} {before}", Tone.UNKNOWN, was.asks)
     count, is_unread = _counted(look), bool(look.snapshot.problems)
     is_unsure = is_unread or count.still > 0 or count.otherwise > 0
     return Summary(

@@ -54,3 +54,15 @@ def look(
     snapshot = in_force(snapshot, applied)
     due = differences(asked, snapshot.inventory, snapshot.installed)
     return Look(snapshot, asked, NOW, denials or {}, tuple(due), None)
+
+
+def still_allowed(*rules: NamedRule, before: tuple[NamedRule, ...], is_held: bool = False) -> Look:
+    """What is seen of some rules where policy still allows the calls of those that were there ``before``,
+    though no qube is told of them any more.
+    """
+    snapshot = stored(world(), *rules)
+    asked = snapshot.plan(NOW, is_held=is_held)
+    snapshot = in_force(snapshot, asked)
+    allowed = PolicyFile(policy.text(stored(world(), *before).plan(NOW)), NEW)
+    snapshot = snapshot._replace(installed=allowed)
+    return Look(snapshot, asked, NOW, {}, differences(asked, snapshot.inventory, allowed), None)

@@ -4,7 +4,8 @@
 from dataclasses import replace
 
 import pytest
-from worlds import ADD, NOW, Command
+from looks import still_allowed
+from worlds import ADD, NOW, Command, rule
 
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.common.values import QubeName
@@ -48,6 +49,14 @@ def test_a_hold_can_be_lifted(forward: Command, store: Backend) -> None:
     alert = only(look_at(store, NOW))
     assert alert.text == "Everything is held: nothing is open, whatever the rules ask for."
     assert alert.way is Way.RESUME
+
+
+def test_a_hold_says_that_nothing_is_open_only_where_that_is_sure() -> None:
+    held = still_allowed(before=(rule("srchosts=192.168.0.0/16"),), is_held=True)
+    sure = replace(held, due=())
+    assert only(sure).text.startswith("Everything is held: nothing is open")
+    for unsure in (of(held), of(sure, "work goes on"), of(sure, trouble="qubesd is gone")):
+        assert "Everything is held." in {alert.text for alert in unsure}
 
 
 def test_without_watch_it_says_what_starts_that(store: Backend) -> None:

@@ -2,7 +2,7 @@
 """What the list says of each rule, and which it shows."""
 
 import pytest
-from looks import look
+from looks import look, still_allowed
 from worlds import NOW, nft_world, qube, rule, world
 
 from qubes_fwd_qrexec.admin.backend import Backend
@@ -246,6 +246,16 @@ def test_what_is_in_force_counts_and_not_what_the_rule_asks_for(
     was = () if not before else (rule(before),)
     row = only(look(rule(asked), before=was))
     assert (row.mark, row.state, row.is_live, row.is_anybody, row.note) == shown
+
+
+def test_what_policy_alone_still_allows_is_still_open() -> None:
+    row = only(still_allowed(rule(f"{LAN} enabled=no"), before=(rule(LAN),)))
+    assert (row.mark, row.state, row.is_live) == ("STILL OPEN", State.ACTIVE, True)
+    other = rule(f"{LAN} srcports=443 enabled=no")
+    assert only(still_allowed(other, before=(rule(LAN),))).mark == "CLOSED"
+    live = rule(f"{LAN} srcports=81 dstports=80 transport=call", name="live")
+    (group,) = groups(still_allowed(rule(f"{LAN} enabled=no"), live, before=(rule(LAN), live)))
+    assert [row.mark for row in group.rows] == ["OPEN", "STILL OPEN"]
 
 
 def test_a_forward_whose_old_exposed_qube_still_listens_is_in_force_otherwise() -> None:

@@ -2,7 +2,7 @@
 """The sentence above the list: how much is open and to whom, and never less than may be."""
 
 import pytest
-from looks import look
+from looks import look, still_allowed
 from worlds import nft_world, qube, rule, world
 
 from qubes_fwd_qrexec.admin.backend import Backend
@@ -132,6 +132,30 @@ def test_what_is_held_and_still_in_force_is_no_hold() -> None:
         Tone.UNKNOWN,
         0,
     )
+
+
+STILL = "1 forward should be closed and is still in force."
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_held", "said"),
+    [
+        ((rule(f"{LAN} enabled=no"),), False, STILL),
+        ((), False, STILL),
+        ((rule(f"{LAN} srcports=443 enabled=no"),), False, STILL),
+        ((rule(LAN),), True, f"Everything is held. {STILL}"),
+    ],
+)
+def test_it_never_says_that_nothing_is_open_where_policy_alone_still_allows_calls(
+    asked: tuple[NamedRule, ...], is_held: bool, said: str
+) -> None:
+    found = summary(still_allowed(*asked, before=(rule(LAN),), is_held=is_held))
+    assert found == Summary(said, Tone.UNKNOWN, 0)
+
+
+def test_it_never_says_that_nothing_is_open_where_the_last_look_failed() -> None:
+    said = "What is open is not known. Before that: Nothing is open."
+    assert summary(look(), "qubesd is gone") == Summary(said, Tone.UNKNOWN, 0)
 
 
 def test_it_never_says_that_nothing_is_open_where_something_could_not_be_read() -> None:
