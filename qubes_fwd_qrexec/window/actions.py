@@ -137,7 +137,8 @@ def _said(backend: Backend, now: float, run: Callable[[Session], int]) -> Done:
     try:
         status = run(session)
     except StoredError as error:
-        return Done(_lines(out), (*_lines(err), *error_lines(error)), is_well=False)
+        first, *more = error_lines(error)
+        return Done(_lines(out), (*_lines(err), f"{first[:1].upper()}{first[1:]}", *more), is_well=False)
     return Done(_lines(out), _lines(err), status == 0)
 
 

@@ -59,8 +59,10 @@ def alerts(look: Look | None, left: Sequence[str], trouble: str | None) -> Itera
     if due or left:
         yield _due(due, left, can_change)
     if look.watch_start is not None:
-        text = _("Expiry and netvm changes act only at the next apply, as 'qvm-forward watch' does not run.")
-        start = _("{command} starts it.").format(command=look.watch_start)
+        text = _(
+            "Expiry and netvm changes act only at the next apply, as qvm-forward watch does not run here."
+        )
+        start = _("To start it: {command}.").format(command=look.watch_start)
         way = _way(Way.APPLY, _("Apply _now"), can_change and not due)
         yield Alert("unwatched", text, (start,), *way)
     if problems := look.snapshot.problems:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What came of a change, in a bar that stays until somebody closes it."""
+"""What came of a change, in a bar that stays until somebody closes it, and so says when that was."""
+
+import time
+from collections.abc import Callable
 
 from qubes_fwd_qrexec.admin.views.tables import shortened
 
@@ -17,7 +20,8 @@ _LINE_MAX = 800
 class Outcome:
     """``widget`` is hidden while there is nothing to say."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         self._head = label(wraps=True)
         self._text = label(wraps=True, is_selectable=True)
         place = scrolled(self._text)
@@ -52,6 +56,7 @@ class Outcome:
         lines = [shortened(line, _LINE_MAX) for line in found[:LINES_MAX]]
         if (more := len(found) - LINES_MAX) > 0:
             lines.append(ngettext("and {count} more", "and {count} more", more).format(count=more))
+        head = f"{head} ({time.strftime('%H:%M', time.localtime(self._clock()))})"
         self.widget.hide()
         self.widget.set_message_type(kind)
         self._head.set_text(head)

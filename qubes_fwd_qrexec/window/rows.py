@@ -247,8 +247,8 @@ def summary(look: Look | None, trouble: str | None = None) -> Summary:
         return Summary(_("What is open is not known."), Tone.UNKNOWN, 0)
     if trouble is not None:
         was = summary(look)
-        before = _("Before that: {summary}").format(summary=was.text)
-        return Summary(f"{_('What is open is not known.')} {before}", Tone.UNKNOWN, was.asks)
+        text = _("What is open is not known. Before that: {summary}").format(summary=was.text)
+        return Summary(text, Tone.UNKNOWN, was.asks)
     count, is_unread = _counted(look), bool(look.snapshot.problems)
     is_unsure = is_unread or count.still > 0 or count.otherwise > 0
     return Summary(

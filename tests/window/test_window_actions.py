@@ -198,7 +198,7 @@ def test_what_is_stored_and_not_in_force_is_no_error(lab: LabDirectory) -> None:
     done = add(Faulty(lab, "set sys-net"))
     assert not done.is_well
     assert any(
-        line.startswith("the change is stored, but not everything could be done") for line in done.warnings
+        line.startswith("The change is stored, but not everything could be done") for line in done.warnings
     )
     assert lab.feature("work", "forward.web") is not None
 
@@ -213,7 +213,7 @@ def test_what_cannot_be_read_once_the_change_is_stored_is_no_error(lab: LabDirec
             return super().inventory(with_config=with_config)
 
     done = add(Lost(lab))
-    assert done == Done((), ("the change is stored, but cannot inventory",), is_well=False)
+    assert done == Done((), ("The change is stored, but cannot inventory",), is_well=False)
 
 
 def test_one_client_is_cut_by_its_address_and_port(lab: LabDirectory, over: Command) -> None:

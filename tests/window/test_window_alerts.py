@@ -63,7 +63,7 @@ def test_without_watch_it_says_what_starts_that(store: Backend) -> None:
     look = look_at(store, NOW)
     alert = only(look)
     assert alert.text.startswith("Expiry and netvm changes act only at the next apply")
-    assert alert.lines == (f"{look.watch_start} starts it.",)
+    assert alert.lines == (f"To start it: {look.watch_start}.",)
     assert alert.way is Way.APPLY
 
 

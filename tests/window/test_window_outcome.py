@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What came of a change stays to be read, selected and closed."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
 from panes import PROBE, button, of, shown, text
 from screen import settle
+from worlds import NOW
 
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.window.actions import Done
@@ -13,10 +15,12 @@ from qubes_fwd_qrexec.window.gtk import Atk, Gtk
 from qubes_fwd_qrexec.window.outcome import LINES_MAX, Outcome
 from qubes_fwd_qrexec.window.widgets import column
 
+AT = time.strftime("%H:%M", time.localtime(NOW))
+
 
 @pytest.fixture
 def outcome() -> Outcome:
-    return Outcome()
+    return Outcome(lambda: NOW)
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +37,8 @@ def test_there_is_nothing_before_there_is_an_outcome(outcome: Outcome) -> None:
 @pytest.mark.parametrize(
     ("done", "head", "look"),
     [
-        (Done(("all",), (), is_well=True), "✓ Done.", Gtk.MessageType.INFO),
-        (Done(("all",), ("a",), is_well=False), "! Not all of it is well.", Gtk.MessageType.WARNING),
+        (Done(("all",), (), is_well=True), f"✓ Done. ({AT})", Gtk.MessageType.INFO),
+        (Done(("all",), ("a",), is_well=False), f"! Not all of it is well. ({AT})", Gtk.MessageType.WARNING),
     ],
 )
 def test_how_it_is_shows_by_words_and_not_by_colour_alone(
@@ -47,7 +51,7 @@ def test_how_it_is_shows_by_words_and_not_by_colour_alone(
 
 def test_an_error_is_shown_with_its_reason_and_no_text_is_markup(outcome: Outcome) -> None:
     outcome.show_error(RefusedError(f"{PROBE}\nmore"))
-    assert text(outcome.widget) == f"✖ That was not done.\n{PROBE}\nmore"
+    assert text(outcome.widget) == f"✖ That was not done. ({AT})\n{PROBE}\nmore"
     assert outcome.widget.get_message_type() is Gtk.MessageType.ERROR
 
 
@@ -58,7 +62,7 @@ def test_it_is_an_alert_that_says_all_of_it_and_shows_up_anew_each_time(outcome:
         outcome.show(Done((f"line {number}",), (PROBE,), is_well=True))
         accessible = outcome.widget.get_accessible()
         assert accessible.get_role() is Atk.Role.ALERT
-        assert accessible.get_name() == f"✓ Done. {PROBE} line {number}"
+        assert accessible.get_name() == f"✓ Done. ({AT}) {PROBE} line {number}"
         assert len(times) == number
 
 
