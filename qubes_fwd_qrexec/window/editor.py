@@ -80,6 +80,7 @@ class _Dialog:
         self._judgement: Judgement | None = None
         self._faults: Mapping[str, str] = NOTHING
         self._is_busy = self._is_closed = False
+        self._had_focus: Gtk.Widget | None = None
         self._cancel_wait: Callable[[], None] | None = None
         self._unsubscribe: Callable[[], None] = lambda: None
         self.widget: Gtk.Dialog | None = None
@@ -240,6 +241,7 @@ class _Dialog:
         if found is None or found.named is None or found.seen is None:
             return
         self._is_busy = True
+        self._had_focus = None if self.widget is None else self.widget.get_focus()
         self._verdict.fail(())
         self._update()
         now = self._board.now
@@ -249,7 +251,7 @@ class _Dialog:
         self._board.change(change, self._done, self._failed)
 
     def _done(self, done: Done) -> None:
-        self._is_busy = False
+        self._is_busy, self._had_focus = False, None
         self._close()
         self._tell(done)
 
@@ -266,6 +268,17 @@ class _Dialog:
             self.form.mark(found, self._faults)
         self._verdict.fail(error_lines(error))
         self._update()
+        self._lead_back()
+
+    def _lead_back(self) -> None:
+        """Give the focus, which nothing had meanwhile, to the field that is wrong, or back where it was."""
+        had_focus, self._had_focus = self._had_focus, None
+        if self._faults:
+            self.form.focus(next(iter(self._faults)))
+        elif had_focus is not None and had_focus.is_sensitive():
+            had_focus.grab_focus()
+        else:
+            self._cancel.grab_focus()
 
 
 def _room(window: Gtk.Window) -> int:
