@@ -114,6 +114,8 @@ class Question:
         else:
             self._error.show("\n".join(lines))
             self.offer(self._job)
+            if self.widget.get_focus() is None:  # it was at the button, which could not be pressed meanwhile
+                (self._yes if self._yes.is_sensitive() else self._no).grab_focus()
 
     def _closed(self, _dialog: Gtk.Dialog) -> None:
         self._is_closed = True

@@ -92,10 +92,12 @@ def test_an_error_keeps_it_open_and_the_next_try_may_go_well(question: Question,
     job = Job(RefusedError(f"no {PROBE}"), DONE)
     opened(question, job)
     yes = button(question.widget, "Do it")
+    yes.grab_focus()
     yes.clicked()
     job.end()
     until(lambda: f"no {PROBE}" in text(question.widget))
     assert (told, yes.get_sensitive()) == ([], True)
+    assert question.widget.get_focus() is yes
     yes.clicked()
     until(lambda: job.begun == 2)
     assert "no" not in text(question.widget).split()
