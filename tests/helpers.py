@@ -203,12 +203,19 @@ def port_of(sock: socket.socket) -> int:
     return int(sock.getsockname()[1])
 
 
+STANDING: set[int] = set()
+"""Processes of the whole run, such as an X server, which are no test's own."""
+
+
 def children() -> list[int]:
-    """The living processes that this one has started."""
+    """The living processes that this one has started, but those of the whole run."""
     found = (path.read_text().split() for path in Path("/proc/self/task").glob("*/children"))
     pids = [int(pid) for some in found for pid in some]
     return [
-        pid for pid in pids if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        pid
+        for pid in pids
+        if pid not in STANDING
+        and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     ]
 
 

@@ -5,6 +5,7 @@ import ctypes
 import itertools
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,6 +77,16 @@ class Spaces:
             for net in nets:
                 extra = ["nodad"] if ":" in net[end] else []
                 self.ip_in(name, "address", "add", net[end], "dev", device, *extra)
+        for name, (device, _) in ends.items():
+            self._until_up(name, device)
+
+    def _until_up(self, name: str, device: str) -> None:
+        """Until the kernel has noted the peer; before that, an address of IPv6 has no route to itself."""
+        command = ["ip", "-n", self._prefix + name, "-oneline", "link", "show", "dev", device]
+        deadline = time.monotonic() + _BOUND_S
+        while " state UP " not in (shown := subprocess.check_output(command, text=True, timeout=_BOUND_S)):
+            assert time.monotonic() < deadline, shown
+            time.sleep(0.005)
 
     def ip_in(self, name: str, *arguments: str) -> None:
         self.ip("-n", self._prefix + name, *arguments)

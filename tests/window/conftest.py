@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Systems to try dom0's side on, and a desktop for programs that work on them."""
 
+import sys
+from collections.abc import Iterator
+
+import pytest
 from stories import desktop, machine, reader, show, window  # noqa: F401
 from systems import (  # noqa: F401
     blueprint,
@@ -23,3 +27,11 @@ from systems import (  # noqa: F401
     store,
     watched,
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_grab_left() -> Iterator[None]:
+    """A modal dialog that a test leaves, as a failed one does, keeps other windows from being closed."""
+    yield
+    if "screen" in sys.modules:
+        sys.modules["screen"].end_grabs()

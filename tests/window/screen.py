@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import debiangi
 import pytest
-from helpers import BOUND_S
+from helpers import BOUND_S, STANDING
 
 
 def _import_gtk() -> str | None:
@@ -36,6 +36,7 @@ def _start_server() -> str | None:
         os.close(ours)
         return "there is no Xvfb to show a window on (Debian: xvfb)"
     os.close(its)
+    STANDING.add(server.pid)
     atexit.register(server.wait)
     atexit.register(server.terminate)
     with os.fdopen(ours) as answer:
@@ -74,6 +75,12 @@ def until(condition: Callable[[], object], bound_s: float = BOUND_S) -> None:
             context.iteration(True)
     finally:
         GLib.source_remove(source)
+
+
+def end_grabs() -> None:
+    """Let events through to all windows again, whatever dialog is still there."""
+    while (widget := Gtk.grab_get_current()) is not None:
+        widget.grab_remove()
 
 
 def settle() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from desktop import Desktop, end, missing, open_desktop
+from helpers import STANDING, children
 from systems import QUBES
 from worlds import NOW
 
@@ -43,7 +44,9 @@ PLAYED = Path(__file__).parent / "playeddom0"
 def desktop() -> Iterator[Desktop]:
     if why := missing():
         pytest.skip(why)
+    before = {*children()}
     with open_desktop() as made:
+        STANDING.update({*children()} - before)
         yield made
 
 
