@@ -21,6 +21,7 @@ from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 from . import machine
 from .admin import QUBES, RULES, command, make_lab
+from .windowturns import START
 
 _TESTS = Path(__file__).parents[1] / "tests"
 _LIMIT_S = 600.0
@@ -112,12 +113,13 @@ def main(argv: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="bench-window-") as place:
             found[kind] = measure(Path(place), kind, finds=args.where)
     print(table(found))
-    print(f"\n{RULES} rules over {QUBES} qubes.")
+    print(f"\n{RULES} rules over {QUBES} qubes. The start counts for no goal.")
     print("; ".join(f"{name}: {fact}" for name, fact in about.items()) + ".")
     for kind, phases in found.items():
         for phase, values in phases.items():
             for place, count in values["where"].items() if args.where else ():
                 print(f"{kind}, {phase}: {count:4} times in {place}")
+    found = {kind: {p: v for p, v in phases.items() if p != START} for kind, phases in found.items()}
     slow = [
         1 for phases in found.values() for values in phases.values() if 1000 * values["longest_s"] > _GOAL_MS
     ]

@@ -21,10 +21,13 @@ from typing import Any
 
 BEAT_MS = 2
 SLOW_S = 0.05
+START = "start, until the window is drawn"
+"""The phase before there is a main loop that anybody could wait for."""
 _BOUND_S = 60.0
 _LETTER_S = 0.08
 _LOOK_EVERY_MS = 20
 _SETTLED_S = 1.0
+_DRAWN_S = 0.1
 Step = Callable[[], object] | float
 """What is waited for: a condition, or some seconds of a user who does nothing."""
 
@@ -34,6 +37,7 @@ class Meter:
 
     def __init__(self, glib: Any, *, finds: bool) -> None:
         self.phases: dict[str, dict[str, Any]] = {}
+        self.title = ""
         self._phase: dict[str, Any] | None = None
         self._last = time.perf_counter()
         self._main = threading.get_ident()
@@ -44,6 +48,7 @@ class Meter:
 
     def begin(self, title: str) -> None:
         """What comes from now on belongs to that phase."""
+        self.title = title
         self._phase = self.phases.setdefault(title, {"longest_s": 0.0, "slow": 0, "s": 0.0, "where": {}})
         self._where.clear()
         self._begun = time.perf_counter()
@@ -91,6 +96,11 @@ class Script:
 
     def run(self) -> Iterator[Step]:
         meter = self._meter
+        meter.begin(START)
+        yield lambda: any(window.get_mapped() for window in self._gtk.Window.list_toplevels())
+        yield _DRAWN_S
+        meter.end()
+
         meter.begin("first look")
         yield self._is_filled
         yield _SETTLED_S
@@ -140,13 +150,13 @@ class Script:
         del tree
 
     def _edit(self, opening: str, typing: str, *labels: str) -> Iterator[Step]:
-        before = set(self._gtk.Window.list_toplevels())
+        before = set(self._dialogs())
         self._meter.begin(opening)
         self._button(*labels).clicked()
-        yield lambda: set(self._gtk.Window.list_toplevels()) - before
+        yield lambda: set(self._dialogs()) - before
         yield _SETTLED_S
         self._meter.end()
-        (dialog,) = (window for window in self._gtk.Window.list_toplevels() if window not in before)
+        (dialog,) = set(self._dialogs()) - before
         self._meter.begin(typing)
         for entry in _inside(dialog, self._gtk.Entry):
             if entry.get_mapped() and entry.get_editable() and entry.is_sensitive():
@@ -158,6 +168,9 @@ class Script:
         self._meter.end()
         dialog.close()
         yield _SETTLED_S
+
+    def _dialogs(self) -> list[Any]:
+        return [each for each in self._gtk.Window.list_toplevels() if isinstance(each, self._gtk.Dialog)]
 
     def _type(self, entry: Any, text: str) -> Iterator[Step]:
         for end in range(1, len(text) + 1):
@@ -217,11 +230,19 @@ def main() -> None:
     steps = Script(meter, Gtk, int(rules), change).run()
     waiting: list[Any] = [next(steps), time.monotonic()]
 
+    def turn() -> bool:
+        """An error would only be shown by the window."""
+        try:
+            return go_on()
+        except Exception:  # noqa: BLE001
+            traceback.print_exc()
+            os._exit(1)
+
     def go_on() -> bool:
         step, since = waiting
         waited_s = time.monotonic() - since
         if waited_s > _BOUND_S:
-            raise SystemExit(f"not so within {_BOUND_S:g} s: {step}")
+            raise TimeoutError(f"not so within {_BOUND_S:g} s: {meter.title}")
         if waited_s < step if isinstance(step, float) else not step():
             return True
         try:
@@ -232,7 +253,7 @@ def main() -> None:
             return False
         return True
 
-    GLib.timeout_add(_LOOK_EVERY_MS, go_on)
+    GLib.timeout_add(_LOOK_EVERY_MS, turn)
     sys.argv[1:] = []
     sys.exit(program.manager())
 
