@@ -15,6 +15,7 @@ from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.views import locate
 from qubes_fwd_qrexec.common.errors import ForwardError
 
+from . import garbage
 from .worker import OpenBackend
 
 _NO_GTK = (
@@ -74,6 +75,7 @@ def run(
         open_backend()
         begin = _imported(module)
         sys.setswitchinterval(_SWITCH_S)
+        garbage.begin()
     except ForwardError as error:
         sys.stderr.write(f"{name}: {error}\n")
         if shows_errors and not sys.stderr.isatty():

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""When a program of the window looks for garbage: after the jobs of its workers, mostly among what is new.
+
+Python itself looks at all that there is, in whatever thread that comes. It holds its lock for as long as that
+takes, up to a quarter of a second with many rules, and the main loop waits for it.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+
+ALL_EVERY_S = 600.0
+"""How often all is looked at, also what was in use for long, such as dialogs."""
+
+
+class _State:
+    """Of this process, as Python's own is."""
+
+    looked_at_all = 0.0
+
+
+def begin(clock: Callable[[], float] = time.monotonic) -> None:
+    """Have garbage looked for by `collect` alone, and never among what there is now: modules, mostly."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    _State.looked_at_all = clock()
+
+
+def collect(clock: Callable[[], float] = time.monotonic) -> None:
+    """Look for garbage, if nobody else does."""
+    if gc.isenabled():
+        return
+    now = clock()
+    is_for_all = now >= _State.looked_at_all + ALL_EVERY_S
+    if is_for_all:
+        _State.looked_at_all = now
+    gc.collect(2 if is_for_all else 1)
