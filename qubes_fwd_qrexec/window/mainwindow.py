@@ -194,7 +194,8 @@ class MainWindow:
         self._right.set_visible_child(self._detail.widget if group is None else self._group.widget)
 
     def _chosen_group(self) -> Group | None:
-        return next((group for group in self._groups if group.qube == self._list.chosen), None)
+        chosen = self._list.chosen
+        return next((group for group in self._groups if group.qube == chosen), None)
 
     def _open(self) -> None:
         """Enter in the list goes to what stands beside it, and changes nothing."""
