@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""When a program of the window looks for garbage: after the jobs of its workers, mostly among what is new.
+"""When a program of the window looks for garbage: in its main thread alone, and mostly among what is new.
 
-Python itself looks at all that there is, in whatever thread that comes. It holds its lock for as long as that
-takes, up to a quarter of a second with many rules, and the main loop waits for it.
+Python itself looks in whatever thread makes something. A widget that it finds in a worker is destroyed there,
+beside the main loop, and GTK takes no calls of other threads. It also looks at all that there is, and holds its
+lock for up to a quarter of a second with many rules.
 """
 
 import gc
@@ -28,7 +29,7 @@ def begin(clock: Callable[[], float] = time.monotonic) -> None:
 
 
 def collect(clock: Callable[[], float] = time.monotonic) -> None:
-    """Look for garbage, if nobody else does."""
+    """Look for garbage, if nobody else does. For the main thread."""
     if gc.isenabled():
         return
     now = clock()

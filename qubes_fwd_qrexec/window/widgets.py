@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+from .garbage import collect
 from .gtk import GLib, Gtk, Pango
 
 W = TypeVar("W", bound=Gtk.Widget)
@@ -78,10 +79,11 @@ def scrolled(widget: Gtk.Widget) -> Gtk.ScrolledWindow:
 
 
 def deliver(call: Callable[[], None]) -> None:
-    """`worker.Deliver` of GTK's main loop."""
+    """`worker.Deliver` of GTK's main loop. What a job leaves is looked for after it."""
 
     def once() -> bool:
         call()
+        collect()
         return False
 
     GLib.idle_add(once)

@@ -13,8 +13,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.common.errors import ForwardError
 
-from .garbage import collect
-
 T = TypeVar("T")
 Deliver = Callable[[Callable[[], None]], None]
 """Has the main thread call a function soon; may be called by any thread."""
@@ -93,7 +91,6 @@ class Worker:
                 self._tell(job.failed, error)
             except Exception as error:  # noqa: BLE001  # the last place that can say so
                 self._tell(job.failed, fault(error))
-            collect()
 
     def _tell(self, whom: Callable[[T], None], what: T) -> None:
         self._deliver(lambda: None if self._is_closed else whom(what))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Systems to try dom0's side on, and a desktop for programs that work on them."""
 
+import gc
 import sys
 from collections.abc import Iterator
 
@@ -30,8 +31,13 @@ from systems import (  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
-def _no_grab_left() -> Iterator[None]:
-    """A modal dialog that a test leaves, as a failed one does, keeps other windows from being closed."""
+def _left_as_it_was() -> Iterator[None]:
+    """A modal dialog that a test leaves, as a failed one does, keeps other windows from being closed.
+
+    And as in the program, no widget is looked for as garbage by another thread.
+    """
+    gc.disable()
     yield
+    gc.enable()
     if "screen" in sys.modules:
         sys.modules["screen"].end_grabs()

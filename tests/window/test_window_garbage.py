@@ -36,29 +36,6 @@ garbage.collect(lambda: later)
 assert kept() is None, "and goes in the end"
 """
 
-WORKER = """\
-import threading
-import weakref
-from qubes_fwd_qrexec.window import garbage
-from qubes_fwd_qrexec.window.worker import Worker
-
-class Ring:
-    def __init__(self):
-        self.itself = self
-
-def make(backend):
-    rings.append(weakref.ref(Ring()))
-    has_run.set()
-
-garbage.begin()
-rings, has_run = [], threading.Event()
-worker = Worker(lambda: "backend", lambda call: None)
-worker.do(make, print, print)
-assert has_run.wait(60.0)
-worker.close()
-assert rings[0]() is None
-"""
-
 
 def run(program: str) -> None:
     done = subprocess.run(
@@ -69,10 +46,6 @@ def run(program: str) -> None:
 
 def test_what_is_new_is_looked_at_each_time_and_all_from_time_to_time() -> None:
     run(PROGRAM)
-
-
-def test_a_worker_leaves_no_garbage() -> None:
-    run(WORKER)
 
 
 def test_where_python_looks_for_garbage_itself_nothing_is_done() -> None:

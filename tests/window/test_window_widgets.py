@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The small widgets, on a screen."""
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
+from helpers import BOUND_S
 from screen import settle, until
 
 from qubes_fwd_qrexec.window import style
@@ -11,6 +16,36 @@ from qubes_fwd_qrexec.window.gtk import Gtk
 from qubes_fwd_qrexec.window.widgets import button, column, deliver, label, later, named, row, scrolled
 
 PROBE = "<b>&amp; <i>"
+# In a process of its own, as what it does is for the whole of a process.
+_GARBAGE = """\
+import threading
+import debiangi
+assert debiangi.offer() is None
+from qubes_fwd_qrexec.window import garbage
+from qubes_fwd_qrexec.window.gtk import GLib, Gtk
+from qubes_fwd_qrexec.window.widgets import deliver
+from qubes_fwd_qrexec.window.worker import Worker
+
+ended = []
+
+class Ring:
+    def __init__(self):
+        self.itself, self.button = self, Gtk.Button()
+        self.button.connect("destroy", lambda _: ended.append(threading.current_thread()))
+
+def make_much(backend):
+    for _ in range(3):
+        [[] for _ in range(100_000)]
+
+garbage.begin()
+Ring()
+worker = Worker(lambda: "backend", deliver)
+worker.do(make_much, print, print)
+while not ended:
+    GLib.MainContext.default().iteration(True)
+worker.close()
+assert ended == [threading.main_thread()], ended
+"""
 
 
 def test_no_text_is_markup() -> None:
@@ -89,3 +124,17 @@ def test_what_is_scrolled_ends_with_its_window() -> None:
 def test_a_list_scrolls_itself() -> None:
     view = Gtk.TreeView()
     assert scrolled(view).get_child() is view
+
+
+def test_no_widget_is_destroyed_in_another_thread_than_the_main_one() -> None:
+    """Python looks for garbage wherever something is made."""
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", _GARBAGE],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=BOUND_S,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
