@@ -2,8 +2,8 @@
 """When a program of the window looks for garbage: in its main thread alone, and mostly among what is new.
 
 Python itself looks in whatever thread makes something. A widget that it finds in a worker is destroyed there,
-beside the main loop, and GTK takes no calls of other threads. It also looks at all that there is, and holds its
-lock for up to a quarter of a second with many rules.
+beside the main loop, and GTK takes no calls of other threads. It also looks at all that there is, and holds
+its lock for up to a quarter of a second with many rules.
 """
 
 import gc
