@@ -25,7 +25,7 @@ _PAGES = {
 _EXAMPLES = {
     "add": (
         "qvm-forward add work 80:8080 --from 192.168.0.0/16 --expire 8h",
-        "qvm-forward add vault 53 --proto both --mode qrexec --from 10.0.0.0/8",
+        "qvm-forward add vault 53 --proto both --via sys-net --from 10.0.0.0/8",
         "qvm-forward add work 5432 --internal --from personal",
     ),
     "set": ("qvm-forward set work web --extend 1h", "qvm-forward set work web srchosts+=10.0.0.0/8 comment="),

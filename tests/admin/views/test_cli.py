@@ -206,6 +206,18 @@ def test_help_of_a_command_has_examples_that_it_takes_and_names_its_page(
             assert parser.parse(shlex.split(line)).command == name
 
 
+def test_each_example_of_add_opens_a_forward(
+    forward: Forward, lab: LabDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse(["add", "--help"])
+    examples = re.findall(r"^  qvm-forward (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert examples
+    for line in examples:
+        result = forward(*shlex.split(line))
+        assert (result.status, result.err) == (0, ""), line
+
+
 def test_what_has_two_names_is_one_command(forward: Forward) -> None:
     forward(*ADD)
     assert forward("ls").out == forward("list").out
