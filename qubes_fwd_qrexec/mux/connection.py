@@ -64,7 +64,7 @@ class Connection(Incoming):
         self._check_own_credit(credit)
         stream.move_local(FrameType.ACCEPT)
         stream.remote = Half.FLOWING
-        stream.incoming.outstanding = credit
+        stream.outstanding = credit
         self.granted_bytes += credit
         self._outbox.add_control(wire.encode_accept(stream_id, credit))
 
@@ -79,10 +79,8 @@ class Connection(Incoming):
                 f"DATA cannot be sent on stream {stream_id}, which is {stream or 'over'}"
             )
         length = len(data)
-        if not 0 < length <= MAX_DATA_BYTES or not stream.outgoing.spend(length):
-            raise LocalProtocolError(
-                f"{length} bytes, where 1 to {stream.outgoing.sendable_bytes} may be sent"
-            )
+        if not 0 < length <= MAX_DATA_BYTES or not stream.spend(length):
+            raise LocalProtocolError(f"{length} bytes, where 1 to {stream.sendable_bytes} may be sent")
         self._outbox.add_data(stream_id, data, length)
 
     def send_limit_now(self, stream_id: int) -> int:
@@ -90,7 +88,7 @@ class Connection(Incoming):
         stream = self._streams.get(stream_id)
         if stream is None or stream.local is not _FLOWING or self._outbox.bytes_queued:
             return 0
-        room = stream.outgoing.available - FRAME_COST_BYTES
+        room = stream.available - FRAME_COST_BYTES
         if room >= MAX_DATA_BYTES:
             return MAX_DATA_BYTES
         return room if room > 0 else 0
@@ -108,10 +106,10 @@ class Connection(Incoming):
             or stream.local is not _FLOWING
             or self._outbox.bytes_queued
             or not 0 < length <= MAX_DATA_BYTES
-            or (left := stream.outgoing.available - length - FRAME_COST_BYTES) < 0
+            or (left := stream.available - length - FRAME_COST_BYTES) < 0
         ):
             raise LocalProtocolError(f"{length} bytes cannot be sent at once on stream {stream_id}")
-        stream.outgoing.available = left
+        stream.available = left
         HEADER.pack_into(frame, 0, DATA_KIND, length, stream_id)
 
     def send_eof(self, stream_id: int) -> None:
@@ -142,19 +140,18 @@ class Connection(Incoming):
     def grant(self, stream_id: int, credit: int) -> None:
         """Let the peer send ``credit`` bytes more; does nothing if it can send no more on the stream.
 
-        Small grants are held back and sent together; see `credit.ReceiveCredit.grant`. A consumed event gives
-        back its `cost`. Raises LocalProtocolError past our own window, before ACCEPT, or for a stream that
-        never existed.
+        Small grants are held back and sent together; see `Credit.grant`. A consumed event gives back its
+        `cost`. Raises LocalProtocolError past our own window, before ACCEPT, or for a stream that never
+        existed.
         """
         stream = self._known(stream_id)
         if stream is None or not stream.is_receiving:
             return
         stream.move_local(FrameType.CREDIT)
-        incoming = stream.incoming
-        if credit <= 0 or incoming.granted + credit > self.hello.window_bytes:
+        if credit <= 0 or stream.granted + credit > self.hello.window_bytes:
             raise LocalProtocolError(f"{credit} bytes more do not fit the window")
         self.granted_bytes += credit
-        increment = incoming.grant(credit)
+        increment = stream.grant(credit)
         if increment:
             self._outbox.add_control(wire.encode_credit(stream_id, increment))
 
@@ -173,7 +170,7 @@ class Connection(Incoming):
         if stream is None or not stream.is_receiving:
             return False
         stream.move_local(FrameType.RECALL)
-        if not stream.incoming.recall(keep):
+        if not stream.recall(keep):
             return False
         self._outbox.add_control(wire.encode_recall(stream_id, keep))
         return True

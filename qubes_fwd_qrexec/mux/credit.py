@@ -9,15 +9,27 @@ from qubes_fwd_qrexec.common.errors import RemoteProtocolError
 from .limits import FRAME_COST_BYTES, MAX_DATA_BYTES, MIN_CREDIT_BYTES
 
 
-class SendCredit:
-    """How much this end may still send on one stream."""
+class Credit:
+    """One stream's credit in both directions; one object, since thousands are held.
 
-    __slots__ = ("available", "was_recalled")
+    ``available`` is how much this end may still send. ``outstanding`` is what the peer knows it may send, and
+    ``held`` was granted to it here but not sent yet: a CREDIT frame for each small read of the consumer would
+    cost more than the read.
+    """
 
-    def __init__(self, available: int) -> None:
+    __slots__ = ("_is_recalled", "_keep", "_was_recalled", "available", "held", "outstanding")
+
+    def __init__(self, available: int, outstanding: int) -> None:
         self.available = available
-        self.was_recalled = False
-        """Whether the peer has asked for credit back since it last gave some."""
+        # Whether the peer has asked for credit back since it last gave some.
+        self._was_recalled = False
+        self.outstanding = outstanding
+        self.held = 0
+        # What the peer may keep, while a RECALL is unanswered; and whether no CREDIT was sent since.
+        self._keep = 0
+        self._is_recalled = False
+
+    # What this end may send
 
     @property
     def sendable_bytes(self) -> int:
@@ -40,13 +52,13 @@ class SendCredit:
         if self.available + increment > window_bytes:
             raise RemoteProtocolError(f"CREDIT of {increment} bytes goes past the window of {window_bytes}")
         self.available += increment
-        self.was_recalled = False
+        self._was_recalled = False
 
     def note_recall(self) -> None:
         """The peer asks for credit back. Raises RemoteProtocolError if it granted none in between."""
-        if self.was_recalled:
+        if self._was_recalled:
             raise RemoteProtocolError("a second RECALL, and no CREDIT since the last one")
-        self.was_recalled = True
+        self._was_recalled = True
 
     def give_back(self, keep: int) -> int:
         """Give up what is above ``keep``; returns how much that was."""
@@ -54,22 +66,7 @@ class SendCredit:
         self.available -= amount
         return amount
 
-
-class ReceiveCredit:
-    """How much the peer may still send on one stream.
-
-    ``outstanding`` is what the peer knows that it may send. ``held`` was granted here but not sent yet: a
-    CREDIT frame for each small read of the consumer would cost more than the read.
-    """
-
-    __slots__ = ("_is_recalled", "_keep", "held", "outstanding")
-
-    def __init__(self, initial: int) -> None:
-        self.outstanding = initial
-        self.held = 0
-        # What the peer may keep, while a RECALL is unanswered; and whether no CREDIT was sent since.
-        self._keep = 0
-        self._is_recalled = False
+    # What the peer may send
 
     @property
     def granted(self) -> int:

@@ -51,10 +51,10 @@ class Incoming(Streams):
         if stream is None or stream.remote is not _FLOWING or stream.local >= _RESET:
             return 0
         cost = length + FRAME_COST_BYTES
-        left = stream.incoming.outstanding - cost
+        left = stream.outstanding - cost
         if left < 0 or self._outbox.control_bytes > self.control_bound_bytes:
             return 0
-        stream.incoming.outstanding = left
+        stream.outstanding = left
         self.granted_bytes -= cost
         return stream_id  # type: ignore[no-any-return]
 
@@ -69,7 +69,7 @@ class Incoming(Streams):
                 if stream.remote is not Half.FLOWING:
                     stream.move_remote(FrameType.DATA)
                 cost = len(untrusted_payload) + FRAME_COST_BYTES
-                stream.incoming.receive(cost)
+                stream.receive(cost)
                 if stream.local < Half.RESET:
                     self.granted_bytes -= cost
                     yield DataReceived(stream_id, untrusted_payload)  # type: ignore[arg-type]
@@ -141,7 +141,7 @@ class Incoming(Streams):
         self._last_accepted = max(self._last_accepted, stream_id)
         credit = wire.decode_number(untrusted_payload)
         self._check_peer_credit(credit)
-        stream.outgoing.available = credit
+        stream.available = credit
         if stream.is_discarding:
             return None
         stream.local = Half.FLOWING
@@ -149,27 +149,27 @@ class Incoming(Streams):
 
     def _on_credit(self, stream_id: int, stream: Stream, untrusted_payload: Buffer) -> Event | None:
         stream.move_remote(FrameType.CREDIT)
-        stream.outgoing.replenish(wire.decode_number(untrusted_payload), self._peer_window_bytes)
+        stream.replenish(wire.decode_number(untrusted_payload), self._peer_window_bytes)
         return CreditReceived(stream_id) if stream.local is Half.FLOWING else None
 
     def _on_recall(self, stream_id: int, stream: Stream, untrusted_payload: Buffer) -> None:
         """The answer goes out in order with DATA, so it gives back what is left of the credit right now."""
         stream.move_remote(FrameType.RECALL)
         keep = self._decode_keep(untrusted_payload)
-        stream.outgoing.note_recall()
+        stream.note_recall()
         if stream.local is Half.FLOWING:
-            amount = stream.outgoing.give_back(keep)
+            amount = stream.give_back(keep)
             self._outbox.add_control(wire.encode_return(stream_id, amount))
 
     def _on_return(self, stream_id: int, stream: Stream, untrusted_payload: Buffer) -> Event | None:
         stream.move_remote(FrameType.RETURN)
         amount = wire.decode_number(untrusted_payload)
-        stream.incoming.take_back(amount)
+        stream.take_back(amount)
         if not amount or stream.is_discarding:
             return None
         self.granted_bytes -= amount
         # What was held back may be worth a frame now that the peer has less.
-        if increment := stream.incoming.grant(0):
+        if increment := stream.grant(0):
             self._outbox.add_control(wire.encode_credit(stream_id, increment))
         return CreditReturned(stream_id, amount)
 
@@ -179,7 +179,7 @@ class Incoming(Streams):
         self._free_if_over(stream_id, stream)
         if not was_receiving:
             return None
-        self.granted_bytes -= stream.incoming.granted
+        self.granted_bytes -= stream.granted
         return EofReceived(stream_id)
 
     def _on_reset(self, stream_id: int, stream: Stream, untrusted_payload: Buffer) -> Event | None:
@@ -187,7 +187,7 @@ class Incoming(Streams):
         was_receiving = stream.is_receiving
         stream.move_remote(FrameType.RESET)
         if was_receiving:
-            self.granted_bytes -= stream.incoming.granted
+            self.granted_bytes -= stream.granted
         if stream.is_discarding:
             # Ours crossed it, or this is the answer.
             self._free_if_over(stream_id, stream)

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One stream, as small as possible: both ends hold up to 10,000 of them at once."""
+"""One stream, as small as possible: a listener holds tens of thousands of them at once."""
 
 from qubes_fwd_qrexec.common.errors import LocalProtocolError, RemoteProtocolError
 
-from .credit import ReceiveCredit, SendCredit
+from .credit import Credit
 from .states import MOVES, OVER, Half
 from .wire import FrameType
 
 
-class Stream:
+class Stream(Credit):
     """The two halves of a stream, its credit both ways, and the tick in which it was opened."""
 
-    __slots__ = ("incoming", "local", "opened_tick", "outgoing", "remote")
+    __slots__ = ("local", "opened_tick", "remote")
 
-    def __init__(self, send_credit: int, receive_credit: int, tick: int) -> None:
+    def __init__(self, available: int, outstanding: int, tick: int) -> None:
+        super().__init__(available, outstanding)
         self.local = Half.PENDING
         self.remote = Half.PENDING
-        self.outgoing = SendCredit(send_credit)
-        self.incoming = ReceiveCredit(receive_credit)
         self.opened_tick = tick
 
     def move_local(self, frame_type: FrameType) -> None:

@@ -53,7 +53,7 @@ class Streams(Endpoint[Event]):
         stream = self._streams.get(stream_id)
         if stream is None or stream.local is not Half.FLOWING:
             return 0
-        return stream.outgoing.sendable_bytes
+        return stream.sendable_bytes
 
     def granted(self, stream_id: int) -> int:
         """The credit that the peer has left on a stream, including what is held back.
@@ -61,7 +61,7 @@ class Streams(Endpoint[Event]):
         It is the stream's part of `granted_bytes`, and 0 after the peer's EOF or a RESET of either end.
         """
         stream = self._streams.get(stream_id)
-        return stream.incoming.granted if stream is not None and stream.is_receiving else 0
+        return stream.granted if stream is not None and stream.is_receiving else 0
 
     # Shared by both directions
 
@@ -81,7 +81,7 @@ class Streams(Endpoint[Event]):
         was_receiving = stream.is_receiving
         stream.move_local(FrameType.RESET)
         if was_receiving:
-            self.granted_bytes -= stream.incoming.granted
+            self.granted_bytes -= stream.granted
         self._outbox.add_control(wire.encode_reset(stream_id, code))
         self._free_if_over(stream_id, stream)
 
@@ -92,7 +92,7 @@ class Streams(Endpoint[Event]):
         del self._streams[stream_id]
         if stream.remote is Half.ENDED:
             # It ended with both EOFs. The peer may not have seen ours yet, and may still send.
-            self._late.expect(self._peer_window_bytes - stream.outgoing.available)
+            self._late.expect(self._peer_window_bytes - stream.available)
 
     def _forget_all(self) -> None:
         self._streams.clear()

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qubes_fwd_qrexec.common.errors import RemoteProtocolError
-from qubes_fwd_qrexec.mux.credit import ReceiveCredit, SendCredit
+from qubes_fwd_qrexec.mux.credit import Credit
 from qubes_fwd_qrexec.mux.limits import (
     FRAME_COST_BYTES,
     MAX_DATA_BYTES,
@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.mux.limits import (
     [(0, 0), (64, 0), (65, 1), (64 + 32768, 32768), (64 + 32769, 32768), (MAX_WINDOW_BYTES, 32768)],
 )
 def test_a_frame_may_be_as_long_as_credit_less_its_cost_allows(available, sendable):
-    credit = SendCredit(available)
+    credit = Credit(available, 0)
     assert credit.sendable_bytes == sendable
     if sendable:
         assert credit.spend(sendable)
@@ -27,7 +27,7 @@ def test_a_frame_may_be_as_long_as_credit_less_its_cost_allows(available, sendab
 
 
 def test_spending_past_the_credit_takes_nothing():
-    credit = SendCredit(100)
+    credit = Credit(100, 0)
     assert not credit.spend(37)
     assert credit.available == 100
     assert credit.spend(36)
@@ -37,11 +37,11 @@ def test_spending_past_the_credit_takes_nothing():
 @pytest.mark.parametrize("increment", [0, 1, MIN_CREDIT_BYTES - 1])
 def test_a_credit_below_the_least_is_the_peers_fault(increment):
     with pytest.raises(RemoteProtocolError, match="at least 1024"):
-        SendCredit(0).replenish(increment, MAX_WINDOW_BYTES)
+        Credit(0, 0).replenish(increment, MAX_WINDOW_BYTES)
 
 
 def test_a_credit_past_the_window_is_the_peers_fault():
-    credit = SendCredit(4096)
+    credit = Credit(4096, 0)
     credit.replenish(4096, 8192)
     with pytest.raises(RemoteProtocolError, match="past the window of 8192"):
         credit.replenish(1024, 8192)
@@ -49,21 +49,21 @@ def test_a_credit_past_the_window_is_the_peers_fault():
 
 
 def test_data_past_the_credit_is_the_peers_fault():
-    credit = ReceiveCredit(1000)
+    credit = Credit(0, 1000)
     credit.receive(1000)
     with pytest.raises(RemoteProtocolError, match="1 bytes past"):
         credit.receive(1)
 
 
 def test_small_grants_are_sent_together_once_the_peer_gains_half_of_its_window():
-    credit = ReceiveCredit(4096)
+    credit = Credit(0, 4096)
     credit.receive(2048)
     assert [credit.grant(512) for _ in range(4)] == [0, 0, 0, 2048]
     assert (credit.outstanding, credit.held) == (4096, 0)
 
 
 def test_what_is_not_used_comes_back_and_what_may_be_kept_is_left():
-    sender, receiver = SendCredit(10_000), ReceiveCredit(10_000)
+    sender, receiver = Credit(10_000, 0), Credit(0, 10_000)
     assert receiver.recall(4096)
     sender.note_recall()
     assert sender.give_back(4096) == 5904
@@ -73,7 +73,7 @@ def test_what_is_not_used_comes_back_and_what_may_be_kept_is_left():
 
 
 def test_nothing_is_asked_for_where_there_is_no_more_or_twice():
-    receiver = ReceiveCredit(4096)
+    receiver = Credit(0, 4096)
     assert not receiver.recall(4096)
     assert receiver.recall(2048)
     assert not receiver.recall(2048)
@@ -86,7 +86,7 @@ def test_nothing_is_asked_for_where_there_is_no_more_or_twice():
 
 
 def test_a_peer_that_asks_again_has_granted_something_meanwhile():
-    sender = SendCredit(4096)
+    sender = Credit(4096, 0)
     sender.note_recall()
     with pytest.raises(RemoteProtocolError, match="a second RECALL"):
         sender.note_recall()
@@ -96,14 +96,14 @@ def test_a_peer_that_asks_again_has_granted_something_meanwhile():
 
 @pytest.mark.parametrize(("keep", "amount"), [(2048, 2049), (4095, 2), (2048, 4097)])
 def test_giving_back_more_than_was_asked_for_is_the_peers_fault(keep, amount):
-    receiver = ReceiveCredit(4096)
+    receiver = Credit(0, 4096)
     assert receiver.recall(keep)
     with pytest.raises(RemoteProtocolError, match=f"RETURN of {amount} bytes of 4096, where {keep}"):
         receiver.take_back(amount)
 
 
 def test_giving_back_unasked_is_the_peers_fault():
-    receiver = ReceiveCredit(4096)
+    receiver = Credit(0, 4096)
     with pytest.raises(RemoteProtocolError, match="answers no RECALL"):
         receiver.take_back(0)
     assert receiver.recall(2048)
@@ -121,8 +121,8 @@ def test_giving_back_unasked_is_the_peers_fault():
     ),
 )
 def test_both_ends_agree_and_a_stream_never_stops_for_good(window, starts_empty, steps):
-    sender = SendCredit(0 if starts_empty else window)
-    receiver = ReceiveCredit(sender.available)
+    sender = Credit(0 if starts_empty else window, 0)
+    receiver = Credit(0, sender.available)
     unread = 0
 
     def consume(amount):

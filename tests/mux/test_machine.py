@@ -183,8 +183,8 @@ class MuxCall(TwoEnds):
             total = 0
             for stream_id, stream in connection._streams.items():
                 if stream.is_receiving:
-                    total += stream.incoming.granted
-                    assert stream.incoming.granted + self.streams[stream_id][end].unread <= WINDOW
+                    total += stream.granted
+                    assert stream.granted + self.streams[stream_id][end].unread <= WINDOW
             assert connection.granted_bytes == total == sum(map(connection.granted, self.streams))
 
     @invariant()
