@@ -36,7 +36,9 @@ class Idleness:
                 leg.moved_at = min(now, leg.moved_at + late_s)
         if self._ticks % LOOK_TICKS:
             return []
-        return [leg for leg in legs if self._is_idle(leg, now - leg.moved_at)]
-
-    def _is_idle(self, leg: Leg, quiet_s: float) -> bool:
-        return quiet_s >= self.idle_s or (quiet_s >= self.half_close_s and leg.is_half_closed)
+        idle_since, half_closed_since = now - self.idle_s, now - self.half_close_s
+        return [
+            leg
+            for leg in legs
+            if leg.moved_at <= idle_since or (leg.moved_at <= half_closed_since and leg.is_half_closed)
+        ]

@@ -19,6 +19,7 @@ from .budget import FLOOR_BYTES
 from .copy import abort, abort_by_default, close_cleanly, half_close, unsent_bytes
 from .leg_end import LegEnd
 from .legowner import LegOwner
+from .looks import BYTES, FLOORS, LENT
 from .loop import GONE, READ, WRITE
 from .pending import Pending
 from .socketbuffers import SocketBuffer
@@ -41,7 +42,8 @@ class Leg(WatchedSocket):
 
     ``sent`` and ``received`` count the bytes into the mux call and out of it; ``moved_at`` is when some last
     moved (`time.monotonic`). ``has_eof``: the other end sends nothing more. ``ended`` is None while the leg
-    lives. ``is_bulk``: it has had its turn, and has more to send. It belongs to the loop's thread.
+    lives. ``is_bulk``: it has had its turn, and has more to send. ``seen``: see `looks`. It belongs to the
+    loop's thread.
     """
 
     __slots__ = (
@@ -59,6 +61,7 @@ class Leg(WatchedSocket):
         "on_end",
         "pending",
         "received",
+        "seen",
         "sent",
         "stream_id",
         "window",
@@ -76,6 +79,7 @@ class Leg(WatchedSocket):
         self.ended: LegEnd | None = None
         self.on_end: Callable[[LegEnd], None] | None = None
         self.sent = self.received = 0
+        self.seen = BYTES
         self.moved_at = time.monotonic()
         self.window = Window(owner.share, window, self.moved_at)
         self._inlet = SocketBuffer(owner.share.sockets, sock, socket.SO_RCVBUF)
@@ -126,6 +130,7 @@ class Leg(WatchedSocket):
             limit = self._owner.backlog.room(self)
             if not limit:
                 self._watch(self._mask & ~READ)
+                self.seen = BYTES
                 return
             try:
                 data = self.sock.recv(limit)
@@ -296,13 +301,20 @@ class Leg(WatchedSocket):
                 self._outlet.grow(self.received)
 
     def look(self) -> None:
-        """Give back what this stream has and does not use; called once a second while others need it."""
-        if self.window.is_missed(self.received) and self.is_joined and self.ended is None:
+        """Give back what this stream has and does not use, and note what it has; see `looks`."""
+        window, inlet, outlet = self.window, self._inlet, self._outlet
+        if window.is_missed(self.received) and self.is_joined and self.ended is None:
             self._owner.connection.recall(self.stream_id, FLOOR_BYTES)
-        self._inlet.look(self.sent)
-        self._outlet.look(self.received)
-        if self._inlet.is_too_much or self._outlet.is_too_much:
+        inlet.look(self.sent)
+        outlet.look(self.received)
+        if inlet.is_too_much or outlet.is_too_much:
             self.abort_from_here()
+        elif outlet.held or not (self._mask & READ or self._sent_eof):
+            self.seen = BYTES
+        elif window.size > FLOOR_BYTES or inlet.is_lent or outlet.is_lent:
+            self.seen = LENT
+        else:
+            self.seen = FLOORS
 
     def take_back(self, amount: int) -> None:
         """The other end has given back credit that it does not use."""

@@ -38,6 +38,7 @@ from .backlog import Backlog
 from .budget import Budget, Share
 from .idleness import HALF_CLOSE_S, Idleness
 from .leg import Leg
+from .looks import Looks
 from .loop import Loop
 from .muxbase import TURN_FRAMES, MuxBase
 from .muxowner import MuxOwner
@@ -74,6 +75,7 @@ class Mux(MuxBase):
         self._frame_buffer = memoryview(bytearray(HEADER_BYTES + MAX_DATA_BYTES))
         self.payload_buffer = self._frame_buffer[HEADER_BYTES:]
         self.idleness = Idleness(half_close_s, idle_s, time.monotonic())
+        self._looks = Looks()
         self.backlog = Backlog(loop, connection, sink, self._flush_soon, self._call_broken, self.fail)
         super().__init__(loop, connection, source, self.backlog, owner, hello_s)
 
@@ -254,10 +256,10 @@ class Mux(MuxBase):
     # Time and endings
 
     def _second(self) -> None:
-        idle = self.idleness.tick(self.legs.values(), time.monotonic())
-        if self.share.is_watched:
-            for leg in list(self.legs.values()):
-                self.loop.guarded(leg.fail, leg.look)
+        now = time.monotonic()
+        idle = self.idleness.tick(self.legs.values(), now)
+        for leg in self._looks.due(self.legs.values(), self.share, now):
+            self.loop.guarded(leg.fail, leg.look)
         for leg in idle:
             self.loop.guarded(leg.fail, leg.abort_from_here)
 

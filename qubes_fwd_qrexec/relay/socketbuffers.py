@@ -27,6 +27,9 @@ WAITING_BYTES = 32 << 10
 # The most that a stock kernel lets a program ask for (net.core.wmem_max): a gigabit at a LAN's 1 ms, and
 # 6 MiB/s to a client 50 ms away.
 MAX_BYTES = 212_992
+# The sizes that a buffer may begin with, and how much moves then before it grows. All connections share these
+# numbers, so that they take no memory in each.
+_GROW_AT = {size: 2 * size for size in (START_BYTES, START_BYTES // 2, FLOOR_BYTES)}
 # What is lent above the floors: 149 directions of the largest size, or 597 of the initial size.
 SHARED_BYTES = 56 << 20
 # What all sockets together may really hold: enough for what is lent, and for as many connections stalled at
@@ -77,21 +80,23 @@ class SocketMemory:
 class SocketBuffer:
     """One direction of one connection: ``option`` is SO_SNDBUF or SO_RCVBUF, ``size`` is in bytes.
 
-    It grows with traffic: the caller calls `grow` when it has moved ``grow_at`` bytes in all.
+    It grows with traffic: the caller calls `grow` when it has moved ``grow_at`` bytes in all. ``held``: how
+    many bytes the kernel had in it at the last `look`.
     """
 
-    __slots__ = ("_account", "_held", "_is_still", "_moved", "_option", "_sock", "grow_at", "size")
+    __slots__ = ("_account", "_is_still", "_moved", "_option", "_sock", "grow_at", "held", "size")
 
     def __init__(self, account: SocketMemory, sock: socket.socket, option: int) -> None:
         self._account = account
         self._sock = sock
         self._option = option
-        self._moved = self._held = 0
+        self._moved = self.held = 0
         self._is_still = False
         account.buffers += 1
         self.size = FLOOR_BYTES
-        self._resize(min(START_BYTES, account.size_max))
-        self.grow_at = 2 * self.size
+        size = next(size for size in _GROW_AT if size <= account.size_max)
+        self._resize(size)
+        self.grow_at = _GROW_AT[size]
 
     def grow(self, moved: int) -> None:
         """The connection has moved ``moved`` bytes in all, which is much for this size: double it."""
@@ -101,26 +106,27 @@ class SocketBuffer:
         self.grow_at = moved + 2 * self.size
 
     def look(self, moved: int) -> None:
-        """Give back what is lent, empty and unused while memory is short; called once a second.
+        """Ask the kernel what it holds, and give back what is lent, empty and unused while memory is short.
 
         A full buffer cannot be taken back: the kernel holds its bytes until they are read.
         """
-        account = self._account
         used, self._moved = moved - self._moved, moved
-        is_missed = account.is_short and used < self.size and self.size > FLOOR_BYTES
-        if not (is_missed or account.is_crowded):
-            return
         self._is_still = used == 0
         self._hold(held_bytes(self._sock, self._option))
-        if is_missed and self._held == 0:
+        if self._account.is_short and self.is_lent and used < self.size and self.held == 0:
             self._resize(FLOOR_BYTES)
             self.grow_at = moved + 2 * FLOOR_BYTES
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether it is larger than its floor."""
+        return self.size > FLOOR_BYTES
 
     @property
     def is_too_much(self) -> bool:
         """Whether the account is full and this connection stalls, holding at least the average."""
         account = self._account
-        return account.is_full and self._is_still and self._held * account.buffers >= account.held
+        return account.is_full and self._is_still and self.held * account.buffers >= account.held
 
     def leave(self) -> None:
         """The socket is closed, or belongs to somebody else now; called once."""
@@ -129,8 +135,8 @@ class SocketBuffer:
         self._hold(0)
 
     def _hold(self, held: int) -> None:
-        self._account.held += held - self._held
-        self._held = held
+        self._account.held += held - self.held
+        self.held = held
 
     def _resize(self, size: int) -> None:
         self._account.left -= _TIMES * (size - self.size)

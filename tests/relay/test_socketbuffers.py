@@ -168,16 +168,6 @@ def test_where_many_hold_too_much_those_that_stand_still_with_most_of_it_are_cut
         assert account.held == HELD_BYTES + held_bytes(pairs[1][0], socket.SO_RCVBUF)
 
 
-def test_few_are_not_asked_what_they_hold(pair: tuple[socket.socket, socket.socket]) -> None:
-    near, far = pair
-    account = SocketMemory()
-    buffers = SocketBuffer(account, near, socket.SO_RCVBUF)
-    far.send(b"x")
-    assert select.select([near], [], [], 10)[0]
-    buffers.look(0)
-    assert account.held == 0
-
-
 def stall(near: socket.socket, far: socket.socket) -> None:
     """Both send until nothing is taken any more."""
     for sock in (near, far):
