@@ -8,6 +8,7 @@
 # make bench  measure against socat, side by side; with ARGS=admin what dom0 takes with many rules; with ARGS=nft,
 #             as root, forwards by nft beside rules by hand; with ARGS=udp, as root, UDP over qrexec beside socat and nft;
 #             with ARGS=window how long the window's main loop is held up with many rules
+# make bench-quick  has something become slower? Ratios beside a run that is stored, in under a minute
 # make bench-growth  measure from 1 to 10,000 held connections, and draw it
 # make fuzz   give the mux protocol bytes, guided by coverage, for SECONDS (60)
 # make mutate change the code in 200 places, one at a time, and see whether the tests notice (ARGS="--count 60 mux")
@@ -32,7 +33,7 @@ export PYTHON
 # The tests start some 2,000 programs, and without bytecode each of them, and each process of the tests, compiles anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo window-demo test test-oldest-trio check format guide pictures bench bench-growth fuzz mutate soak translations build/locale packages clean
+.PHONY: demo window-demo test test-oldest-trio check format guide pictures bench bench-quick bench-growth fuzz mutate soak translations build/locale packages clean
 
 demo: $(VENV)/.installed
 	@tools/debian-packages --optional nftables iproute2
@@ -75,6 +76,9 @@ pictures: $(VENV)/.dev build/locale
 
 bench: $(VENV)/.dev
 	$(VENV)/bin/python -m bench $(ARGS)
+
+bench-quick: $(VENV)/.dev
+	$(VENV)/bin/python -m bench guard $(ARGS)
 
 bench-growth: $(VENV)/.bench
 	$(VENV)/bin/python -m bench growth --plot docs/growth.svg $(ARGS)

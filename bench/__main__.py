@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """``python -m bench``: measure, print the table, and end. For ``growth``, ``admin``, ``nft``,
-``udp`` and ``window`` see their files."""
+``udp``, ``window`` and ``guard`` see their files."""
 
 import argparse
-import json
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import admin, growth, machine, nft, udp, window
+from . import admin, growth, guard, machine, nft, record, udp, window
+from .effort import FULL, QUICK
+from .lines import Result
 from .names import names
-from .peers import COMPARED, PEERS, Peer
+from .peers import PEERS, Peer, usable
 from .processes import BenchError
-from .rows import FULL, QUICK, ROWS, Line, Result
+from .record import Record
+from .rows import ROWS
 from .stage import open_stage
-from .table import ratio, render
+from .table import render
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,17 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     return parser
-
-
-def _usable(names: Sequence[str]) -> list[type[Peer]]:
-    usable = []
-    for peer in PEERS:
-        if peer.name in names:
-            if (missing := peer.missing()) is not None:
-                print(f"{missing}; measured without it", file=sys.stderr)
-            else:
-                usable.append(peer)
-    return usable
 
 
 def _measure(
@@ -73,15 +63,6 @@ def _report(results: dict[str, Result], kinds: Sequence[type[Peer]], facts: dict
     return "\n".join(parts)
 
 
-def _line_as_json(line: Line, kinds: Sequence[type[Peer]]) -> dict[str, Any]:
-    ratios = {
-        f"{peer.name} to {base.name}": ratio(line, peer.name, base.name)
-        for peer, base in COMPARED
-        if peer in kinds and base in kinds
-    }
-    return {**asdict(line), "ratios": ratios}
-
-
 def _on_sigterm(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -89,13 +70,13 @@ def _on_sigterm(*_: object) -> NoReturn:
 def main() -> int:
     signal.signal(signal.SIGTERM, _on_sigterm)
     others = {"growth": growth.main, "admin": admin.main, "nft": nft.main, "udp": udp.main}
-    others["window"] = window.main
+    others |= {"window": window.main, "guard": guard.main}
     if sys.argv[1:2] and sys.argv[1] in others:
         return others[sys.argv[1]](sys.argv[2:])
     args = _parser().parse_args()
     begun = time.monotonic()
     about = machine.describe()
-    kinds = _usable(args.peers)
+    kinds = usable(args.peers)
     if not kinds:
         print("nothing is left to measure", file=sys.stderr)
         return 1
@@ -116,15 +97,7 @@ def main() -> int:
     }
     print(_report(results, kinds, facts))
     if args.json is not None:
-        rows = {
-            row: {
-                "samples": result.samples,
-                "lines": [_line_as_json(line, kinds) for line in result.lines],
-                "notes": result.notes,
-            }
-            for row, result in results.items()
-        }
-        args.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        record.write(args.json, Record(facts, results))
     return 0
 
 

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import machine
+from .heldrows import bulk_rate, hold_crowd
 from .memory import footprint, pss_kib
 from .peers import PEERS, Call, Direct, MuxCall, Peer, Socat
 from .processes import BenchError
-from .rows import CLIENTS, bulk_rate, hold_crowd
+from .rows import CLIENTS
 from .stage import Stage, open_stage
 from .step import Memory, Step
 from .table import number

@@ -10,7 +10,8 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
@@ -52,6 +53,34 @@ def _finish(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_WR)
         while sock.recv(65536):
             pass
+
+
+_begun: list[socket.socket] = []
+
+
+def begin(address: Address) -> dict[str, Any]:
+    """Open the connection that later orders use if they name no address; it has moved a byte."""
+    sock = connect(address)
+    _upload(sock, 1)
+    _begun.append(sock)
+    return {}
+
+
+def finish() -> dict[str, Any]:
+    """End what `begin` has opened."""
+    _finish(_begun.pop())
+    return {}
+
+
+@contextmanager
+def _stream(address: Address | None) -> Iterator[socket.socket]:
+    """A connection of its own, or the one that was begun."""
+    if address is None:
+        yield _begun[-1]
+        return
+    sock = connect(address)
+    yield sock
+    _finish(sock)
 
 
 def connections(address: Address, count: int) -> dict[str, Any]:
@@ -119,27 +148,24 @@ def many(address: Address, clients: int, count: int, limit_s: float) -> dict[str
     return {"seconds": seconds, "done": done, "failed": failed, "hung": hung}
 
 
-def round_trips(address: Address, count: int, size: int = 1) -> dict[str, Any]:
+def round_trips(count: int, size: int = 1, address: Address | None = None) -> dict[str, Any]:
     """So many bytes there and back on one open connection, again and again."""
-    sock, data = connect(address), ECHO * size
-    echo(sock)
-    seconds = []
-    for _ in range(count):
-        begun = time.perf_counter()
+    seconds, data = [], ECHO * size
+    with _stream(address) as sock:
         echo(sock, data)
-        seconds.append(time.perf_counter() - begun)
-    _finish(sock)
+        for _ in range(count):
+            begun = time.perf_counter()
+            echo(sock, data)
+            seconds.append(time.perf_counter() - begun)
     return {"seconds": seconds}
 
 
-def upload(address: Address, size: int) -> dict[str, Any]:
+def upload(size: int, address: Address | None = None) -> dict[str, Any]:
     """From sending the first byte to the server's answer that it has all ``size`` bytes."""
-    sock = connect(address)
-    begun = time.perf_counter()
-    _upload(sock, size)
-    seconds = time.perf_counter() - begun
-    _finish(sock)
-    return {"seconds": seconds}
+    with _stream(address) as sock:
+        begun = time.perf_counter()
+        _upload(sock, size)
+        return {"seconds": time.perf_counter() - begun}
 
 
 def _upload(sock: socket.socket, size: int) -> None:
@@ -150,14 +176,12 @@ def _upload(sock: socket.socket, size: int) -> None:
         raise LoadError("the upload ended early")
 
 
-def download(address: Address, size: int) -> dict[str, Any]:
+def download(size: int, address: Address | None = None) -> dict[str, Any]:
     """From the request to the last of ``size`` bytes."""
-    sock = connect(address)
-    begun = time.perf_counter()
-    _download(sock, size)
-    seconds = time.perf_counter() - begun
-    _finish(sock)
-    return {"seconds": seconds}
+    with _stream(address) as sock:
+        begun = time.perf_counter()
+        _download(sock, size)
+        return {"seconds": time.perf_counter() - begun}
 
 
 def _download(sock: socket.socket, size: int) -> None:
@@ -237,7 +261,9 @@ def release() -> dict[str, Any]:
 
 ORDERS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
-    for function in (connections, many, round_trips, upload, download, datagrams, hold, release)
+    for function in (
+        *(begin, finish, connections, many, round_trips, upload, download, datagrams, hold, release),
+    )
 }
 
 

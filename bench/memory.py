@@ -9,7 +9,7 @@ tables, process structures) is in no process and not here.
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,19 +44,39 @@ class Footprint:
         )
 
 
-def footprint(peer_pids: Iterable[int], broker_pid: int, client_program: str) -> Footprint:
+def footprint(peer_pids: Sequence[int], broker_pid: int, client_program: str) -> Footprint:
     """What all processes of a peer and of the broker use now."""
-    own = client = 0.0
-    broker = pss_kib(broker_pid)
-    for pid in [*peer_pids, *descendants([*peer_pids, broker_pid])]:
+    found = members(peer_pids, broker_pid, client_program)
+    groups = ([*found.peer, *found.service], found.client, found.broker)
+    return Footprint(*(sum(map(pss_kib, pids)) for pids in groups))
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """The processes that carry a peer's connections, as `Footprint` tells them apart.
+
+    Its own are ``peer``, the listener or socat, and ``service``, what the broker has started for it.
+    """
+
+    peer: list[int]
+    service: list[int]
+    client: list[int]
+    broker: list[int]
+
+
+def members(peer_pids: Sequence[int], broker_pid: int, client_program: str) -> Members:
+    """The processes that there are now of a peer and of the broker."""
+    found = Members([], [], [], [broker_pid])
+    of_peer = [*peer_pids, *descendants(peer_pids)]
+    for pid in [*of_peer, *descendants([broker_pid])]:
         arguments = _arguments(pid)
         if _is_client(arguments, client_program):
-            client += pss_kib(pid)
+            found.client.append(pid)
         elif AGENT_PROGRAM in arguments:
-            broker += pss_kib(pid)
+            found.broker.append(pid)
         else:
-            own += pss_kib(pid)
-    return Footprint(own, client, broker)
+            (found.peer if pid in of_peer else found.service).append(pid)
+    return found
 
 
 def descendants(pids: Iterable[int]) -> list[int]:

@@ -23,11 +23,13 @@ from typing import Any
 from qubes_fwd_qrexec.common.errors import StoreError
 
 from . import machine, road
+from .effort import FULL, QUICK, Effort
+from .lines import Line, Result, each, turns
 from .names import names
 from .nftapply import apply
 from .processes import BenchError, Child
 from .road import BESIDE_FIREWALL, BESIDE_WORK, LAN, WORK
-from .rows import FULL, QUICK, Effort, Line, Result, bulk, connect, each, round_trip, turns
+from .rows import bulk, connect, round_trip
 from .table import render
 from .ways import COMPARED, PORT, WAYS, ByMux, Way
 

@@ -15,8 +15,9 @@ from qubes_fwd_qrexec.firewall.wanted import Firewall, Wanted
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 
 from .admin import command
+from .effort import Effort
+from .lines import Line, Result, Staged, each, turns
 from .road import NET, PATH
-from .rows import Effort, Line, Result, Staged, each, turns
 from .ways import PORT, ByNft, Recipe, Way, in_force, recipe, told
 
 _RULES = 100

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from .rows import Line, Named
+from .lines import Line, Named
 from .table import number
 
 mpl.use("svg")

@@ -179,6 +179,18 @@ BASE = Socat.name
 COMPARED = ((Call, Socat), (MuxCall, Socat), (MuxCall, Call))
 
 
+def usable(names: Sequence[str]) -> list[type[Peer]]:
+    """Those of the peers that can be measured here; what is missing for others is said on stderr."""
+    found = []
+    for peer in PEERS:
+        if peer.name in names:
+            if (missing := peer.missing()) is not None:
+                print(f"{missing}; measured without it", file=sys.stderr)
+            else:
+                found.append(peer)
+    return found
+
+
 def _free_port() -> int:
     with socket.create_server((_HOST, 0)) as sock:
         port: int = sock.getsockname()[1]

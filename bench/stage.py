@@ -11,9 +11,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .load import ANSWER_S
-from .memory import descendants, open_files
+from .memory import descendants, members, open_files
 from .peers import Peer, Setting
 from .processes import Child
+from .processor import Usage, usage
 
 _READY_S = 60.0
 _SETTLE_S = 10.0
@@ -45,6 +46,25 @@ class Stage:
         finally:
             if order != "hold":
                 self.settle()
+
+    def meter(self, peer: Peer, order: str, within_s: float = 120.0, **details: Any) -> Usage:
+        """Have the load measure on a connection that is open: the processor time of that alone.
+
+        Raises `BenchError`.
+        """
+        self._load.ask({"order": "begin", "address": peer.address}, within_s)
+        try:
+            before = self.usage(peer)
+            self._load.ask({"order": order, **details}, within_s)
+            return self.usage(peer).since(before)
+        finally:
+            self._load.ask({"order": "finish"}, within_s)
+            self.settle()
+
+    def usage(self, peer: Peer) -> Usage:
+        """The processor time until now of all that carries a peer's connections."""
+        found = members(peer.pids, self.broker_pid, self.client_program)
+        return usage(found, (self._load.pid, self._server_pid))
 
     def release(self) -> None:
         """Close the connections that are held, and make every peer ready again."""

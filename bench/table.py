@@ -3,8 +3,8 @@
 
 from collections.abc import Sequence
 
+from .lines import Line, Named
 from .peers import BASE, COMPARED
-from .rows import Line, Named
 
 _NOTHING = "-"
 

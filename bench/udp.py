@@ -21,11 +21,11 @@ from typing import Any
 from qubes_fwd_qrexec.common.errors import StoreError
 
 from . import machine, road
+from .lines import Line, Result, each, turns
 from .load import ANSWER_S
 from .names import names
 from .nft import Stage, open_stage, tell
 from .processes import BenchError
-from .rows import Line, Result, each, turns
 from .udpways import COMPARED, WAYS, MuxTcp, SocatUdp, Udp, usable
 from .ways import ByMux, Way
 

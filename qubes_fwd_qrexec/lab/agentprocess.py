@@ -36,8 +36,8 @@ _prctl, _setns = _LIBC.prctl, _LIBC.setns
 def main() -> None:
     """Fork one process for each descriptor received; returns when the broker is gone."""
     broker = _socket.socket(-1, -1, -1, posix.dup(0))
-    # Nobody needs their exit statuses: the broker sees their sockets close.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # The broker sees their sockets close. Waited for, their processor time counts as that of our children.
+    signal.signal(signal.SIGCHLD, lambda *_: _reap())
     own_pid = posix.getpid()
     # A process shares its memory with this one as long as neither looks for garbage in it.
     gc.disable()
@@ -60,6 +60,15 @@ def main() -> None:
                 finally:
                     posix._exit(0)
             posix.close(fd)
+
+
+def _reap() -> None:
+    """Wait for the processes that have ended."""
+    try:
+        while posix.waitpid(-1, posix.WNOHANG) != (0, 0):
+            pass
+    except ChildProcessError:
+        pass  # none is left
 
 
 def _serve(broker: _socket.socket, parent_pid: int) -> None:

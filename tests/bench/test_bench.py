@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from bench import road
+from bench.lines import Line, p99
 from bench.memory import descendants, pss_kib
 from bench.peers import PEERS
-from bench.rows import Line, p99
 from bench.table import number, ratio, render
 from bench.udpways import usable
 from bench.ways import WAYS
