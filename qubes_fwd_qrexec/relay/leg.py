@@ -112,7 +112,7 @@ class Leg(WatchedSocket):
 
     # From the socket into the mux call
 
-    def _on_ready(self, events: int) -> None:
+    def on_ready(self, events: int) -> None:
         mask = self._mask
         if mask & WRITE and events & _WRITABLE:
             self._push()

@@ -13,6 +13,7 @@ import itertools
 import select
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from qubes_fwd_qrexec.system.bugs import Bugs
 
@@ -26,6 +27,26 @@ _EVENTS_MAX = 256
 Handler = Callable[[int], None]
 End = Callable[[], None]
 """Ends what a handler belongs to, after a bug in it; it may be called in any state."""
+
+
+class Watched(Protocol):
+    """What is served when a descriptor is ready."""
+
+    def on_ready(self, events: int) -> None:
+        """Serve it; ``events`` are what the kernel says."""
+
+    def fail(self) -> None:
+        """There was a bug in that: end what it belongs to. It may be called in any state."""
+
+
+class _Handlers:
+    """Two functions in place of an object that has them."""
+
+    __slots__ = ("fail", "on_ready")
+
+    def __init__(self, handler: Handler, end: End) -> None:
+        self.on_ready = handler
+        self.fail = end
 
 
 class Timer:
@@ -52,7 +73,10 @@ class Loop:
         self.guarded = self.bugs.guarded
         """Calls a function that may fail by itself, given what ends it then."""
         self._epoll = select.epoll()
-        self._handlers: dict[int, tuple[Handler, End, int]] = {}
+        # By descriptor, which the kernel keeps small: a dictionary would take six times as much for each.
+        self._watched: list[Watched | None] = []
+        self._new: set[int] = set()
+        """Those that are watched since this turn began."""
         self.turn = 0
         """The number of this turn."""
         self.served = 0
@@ -73,7 +97,7 @@ class Loop:
     @property
     def watched(self) -> frozenset[int]:
         """The descriptors that it watches now."""
-        return frozenset(self._handlers)
+        return frozenset(fd for fd, watched in enumerate(self._watched) if watched is not None)
 
     @property
     def timers_left(self) -> int:
@@ -85,8 +109,15 @@ class Loop:
 
         Raises OSError when the kernel can watch no more descriptors.
         """
+        self.watch_for(_Handlers(handler, end), fd, mask)
+
+    def watch_for(self, watched: Watched, fd: int, mask: int) -> None:
+        """The same for an object, of which nothing is kept but a reference."""
         self._epoll.register(fd, mask)
-        self._handlers[fd] = (handler, end, self.turn)
+        if fd >= len(self._watched):
+            self._watched += [None] * (fd + 1 - len(self._watched))
+        self._watched[fd] = watched
+        self._new.add(fd)
 
     def change(self, fd: int, mask: int) -> None:
         self._epoll.modify(fd, mask)
@@ -94,7 +125,7 @@ class Loop:
     def unwatch(self, fd: int) -> None:
         """Stop watching; to be called before the descriptor is closed."""
         self._epoll.unregister(fd)
-        del self._handlers[fd]
+        self._watched[fd] = None
 
     def soon(self, callback: Callable[[], None], end: End) -> None:
         """Call ``callback`` at the end of this turn, when every ready descriptor has been served."""
@@ -118,14 +149,15 @@ class Loop:
                 timeout_s = due_s
         news = self._epoll.poll(timeout_s, _EVENTS_MAX)
         self.turn += 1
+        self._new.clear()
         due = self._take_due() if self._timers else ()
         self.served = len(news)
         for fd, events in news:
             # A descriptor watched since this turn began may have the number of one that was closed in this
             # turn: the event was about that one.
-            found = self._handlers.get(fd)
-            if found is not None and found[2] != self.turn:
-                self.guarded(found[1], found[0], events)
+            watched = self._watched[fd]
+            if watched is not None and fd not in self._new:
+                self.guarded(watched.fail, watched.on_ready, events)
         for timer in due:
             if timer.callback is not None:
                 self.guarded(timer.end, timer.callback)

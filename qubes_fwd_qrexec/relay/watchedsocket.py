@@ -11,7 +11,7 @@ UNWATCHED = -1
 
 
 class WatchedSocket:
-    """A base class. A subclass says what to do in `_on_ready`, `_on_unwatchable` and `fail`.
+    """A base class. A subclass says what to do in `on_ready`, `_on_unwatchable` and `fail`.
 
     ``sock`` is non-blocking. It is unwatched at first, and must be again before it is closed.
     """
@@ -29,7 +29,7 @@ class WatchedSocket:
         """Whether the kernel tells anything of it, be it only that the peer is gone."""
         return self._mask != UNWATCHED
 
-    def _on_ready(self, events: int) -> None:
+    def on_ready(self, events: int) -> None:
         raise NotImplementedError
 
     def _on_unwatchable(self) -> None:
@@ -63,7 +63,7 @@ class WatchedSocket:
             loop.change(fd, mask)
         else:
             try:
-                loop.watch(fd, mask, self._on_ready, self.fail)
+                loop.watch_for(self, fd, mask)
             except OSError:
                 loop.soon(self._on_unwatchable, self.fail)
                 return

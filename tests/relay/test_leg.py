@@ -203,7 +203,7 @@ def test_a_socket_that_the_kernel_cannot_watch_ends_only_its_stream(
         raise OSError(errno.ENOSPC, "too many")
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench.loop, "watch", refuse)
+        patch.setattr(bench.loop, "watch_for", refuse)
         client, leg = bench.open()
     bench.until(lambda: leg.ended)
     assert bench.is_aborted(client)
