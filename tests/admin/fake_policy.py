@@ -47,7 +47,7 @@ class PolicyAdminSyntaxException(PolicyAdminException):
 class FakePolicyClient:
     """`qrexec.policy.admin_client.PolicyClient` over the lab's policy directory.
 
-    ``is_old`` is the client before April 2026, whose errors say nothing. ``fails`` may raise first.
+    ``is_old`` is the client before April 2026, whose errors have what was printed. ``fails`` may raise first.
     """
 
     def __init__(self, lab: LabDirectory) -> None:
@@ -61,7 +61,8 @@ class FakePolicyClient:
         return self._directory / f"{name}.policy"
 
     def _error(self, error: PolicyAdminException) -> Exception:
-        return subprocess.CalledProcessError(1, "qrexec-client") if self.is_old else error
+        said = f"{error}\n".encode()
+        return subprocess.CalledProcessError(1, "qrexec-client", said) if self.is_old else error
 
     def policy_list(self) -> list[str]:
         self.fails("policy.List")

@@ -80,8 +80,8 @@ _SHARED_UMASK = _SharedUmask()
 def _client(method: str, here: str | None) -> Iterator[Any]:
     """A `PolicyClient` for one call. Raises `_NotDoneError` and `StoreError`.
 
-    Since April 2026, in Qubes 4.4, the client tells what was wrong; before, it has the call's exit status
-    alone, and no such exception.
+    Since April 2026, in Qubes 4.4, the client has exceptions for what was wrong; before, it has the call's
+    exit status and what that printed (docs/facts.md, P10).
     """
     from qrexec.policy import admin_client
 
@@ -92,8 +92,9 @@ def _client(method: str, here: str | None) -> Iterator[Any]:
     except refused as error:
         raise _NotDoneError(f"{_FILE}: {method}: {plain(error)}") from error
     except CalledProcessError as error:
-        # Of a traceback the last line says what was wrong. What is not captured was on the terminal.
-        said = (error.stderr or b"").decode("utf-8", "backslashreplace").strip().rpartition("\n")[2]
+        printed = (error.stderr or error.output or b"").decode("utf-8", "backslashreplace")
+        # Of a traceback the last line says what was wrong.
+        said = printed.strip().rpartition("\n")[2]
         why = f": {plain(said)}" if said else ""
         what = f"{_FILE}: {method} ended with exit status {error.returncode}{why}"
         if error.returncode == _BAD_REQUEST:
