@@ -38,7 +38,7 @@ class About(NamedTuple):
     ``seen`` is what a change is based on. ``state``, ``mark`` and ``note`` are those of the list, where what
     is in force counts as open. ``forward`` is None for what cannot be read as a rule; then there is only the
     ``sentence`` and the ``line``. ``figures`` and ``clients`` are what its listeners say, and
-    ``goes_on`` which connections it has though it is closed. ``why`` explains its way. Without ``is_open``
+    ``goes_on`` which connections it has though it is closed. ``why`` explains its way. Without ``is_allowed``
     dom0's policy lets nothing through. ``hops`` are the qubes of a path by nft, if they were asked.
     """
 
