@@ -341,7 +341,7 @@ def _drop(lab: LabDirectory, text: str | None) -> int:
         share = -1.0
     if not 0 <= share <= 1:
         raise TextError(text, "a share of the calls: a number from 0 to 1")
-    print(f"dropped {asking.ask(lab, {'do': 'drop', 'share': share})['dropped']} calls")
+    print(f"calls dropped: {asking.ask(lab, {'do': 'drop', 'share': share})['dropped']}")
     return 0
 
 

@@ -136,7 +136,7 @@ def test_knobs_are_set_by_name_and_calls_dropped(
     with calling(lab) as client:
         assert main(["knob", "drop", "1"]) == 0
         assert client.wait(BOUND_S) == 255
-    assert "dropped 1 calls" in capsys.readouterr().out
+    assert "calls dropped: 1" in capsys.readouterr().out
     assert main(["knob"]) == 0
     assert json.loads(capsys.readouterr().out)["latency_ms"] == 0
     assert main(["knob", "latency_ms"]) == 0
