@@ -61,8 +61,10 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("dom0 is asked again at most every {} while", (callwaits.AGAIN_S,)),
     ("closes all ports at once, and gives connections {} to finish;", (listener.DRAIN_S,)),
     ("closes all ports at once and gives connections {}.", (listener.DRAIN_S,)),
-    ("connections of all forwards {} as many as the bound", (limits.PROCESS_MAX,)),
-    ("connections of a forward {} three", (limits.Process().rule_max,)),
+    ("connections of all forwards {} at most,", (limits.PROCESS_MAX,)),
+    ("and one for each {} KiB of the qube's memory", (limits.MEMORY_EACH_BYTES >> 10,)),
+    ("at the time: {} with 400 MiB.", (limits.Process(memory=lambda: 400 << 20).connections_max,)),
+    ("connections of a forward {} three", (limits.Process(memory=lambda: 1 << 40).rule_max,)),
     ("connections of a forward from one client {} as", (limits.PER_SOURCE,)),
     ("new connections of a forward in a second {} more", (limits.RATE,)),
     ("With few open files allowed, {} of these", (limits.process_max(1000) / 1000,)),
@@ -106,7 +108,7 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("anew every {} whether", (callservice.LEASE_S * muxpool.RENEW_AT_SHARE,)),
     ("for so long after its last connection. The default is {}.", (muxpool.LINGER_S,)),
     ("direction for so long. The default is {}. --connections", (TIMEOUTS.idle_s,)),
-    ("together may have. The default is {}; more", (limits.PROCESS_MAX,)),
+    ("together may have. The default is {}, or", (limits.PROCESS_MAX,)),
 ]
 
 

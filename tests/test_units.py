@@ -12,10 +12,11 @@ import pytest
 from qubes_fwd_qrexec.common.services import FORWARD_SERVICE
 from qubes_fwd_qrexec.exposed.callbudget import CALLS_MAX
 from qubes_fwd_qrexec.exposed.callqueue import WAITING_MAX
+from qubes_fwd_qrexec.exposed.limits import PROCESS_MAX, process_max
 from qubes_fwd_qrexec.exposed.qrexec import STDERR_BUFFER_BYTES
 from qubes_fwd_qrexec.exposed.supervisor import CLOSE_S
 from qubes_fwd_qrexec.listener import DRAIN_S
-from qubes_fwd_qrexec.relay.budget import BUDGET_BYTES, STREAMS_MAX
+from qubes_fwd_qrexec.relay.budget import FLOOR_BYTES, LENT_BYTES, STREAMS_MAX
 from qubes_fwd_qrexec.relay.socketbuffers import HELD_BYTES, MAX_BYTES, WAITING_BYTES
 from qubes_fwd_qrexec.target.callnotes import DIRECTORY
 from qubes_fwd_qrexec.target.localserver import BUFFER_BYTES as SERVER_BUFFER_BYTES
@@ -314,8 +315,8 @@ def test_systemd_takes_every_line(tmp_path: Path) -> None:
 PROGRAM_MIB, CLIENT_MIB = 48, 3
 # The program of one mux call, which has no trio.
 MUX_MIB = 11
-# docs/numbers.md: 9 KiB and something for each connection that is held.
-CONNECTION_KIB = 10
+# docs/numbers.md: at most 4 KiB for each connection that is held, and as much in the kernel for its socket.
+CONNECTION_KIB = 8
 # What comes at a gigabit a second, half of it read, until it is looked at again what the kernel holds.
 SECOND_MIB = 64
 # Beside what is asked for a socket holds the last segment that came in; see
@@ -329,10 +330,11 @@ def memory_mib(unit: str) -> int:
     return number * {"M": 1, "G": 1024}[suffix]
 
 
-def streams_mib(lent_times: int = 1) -> float:
-    """The most that all streams of a process need."""
-    connections_mib = STREAMS_MAX * CONNECTION_KIB / 1024
-    return connections_mib + (BUDGET_BYTES * lent_times + HELD_BYTES) / MIB + SECOND_MIB
+def streams_mib(streams: int, lent_times: int = 1) -> float:
+    """The most that so many streams of a process need."""
+    connections_mib = streams * CONNECTION_KIB / 1024
+    budget_bytes = LENT_BYTES * lent_times + streams * FLOOR_BYTES * lent_times
+    return connections_mib + (budget_bytes + HELD_BYTES) / MIB + SECOND_MIB
 
 
 def test_the_listener_has_memory_for_all_that_its_bounds_let_it_hold() -> None:
@@ -340,9 +342,14 @@ def test_the_listener_has_memory_for_all_that_its_bounds_let_it_hold() -> None:
     waiting_mib = WAITING_MAX * (2 * WAITING_BYTES / 1024 + SEGMENT_KIB) / 1024
     call_kib = 4 * MAX_BYTES / 1024 + SEGMENT_KIB + 2 * STDERR_BUFFER_BYTES / 1024
     calls_mib = CALLS_MAX * (CLIENT_MIB + call_kib / 1024)
-    listener_mib = PROGRAM_MIB + streams_mib() + waiting_mib + calls_mib
+    listener_mib = PROGRAM_MIB + streams_mib(PROCESS_MAX) + waiting_mib + calls_mib
     needed_mib = 2 * listener_mib + PROGRAM_MIB
     assert needed_mib <= memory_mib("qubes-forward-listener.service") <= 1.1 * needed_mib
+
+
+def test_the_listener_may_have_a_file_for_each_connection_that_it_may_hold() -> None:
+    (descriptors,) = settings(ROOT / "systemd" / "qubes-forward-listener.service")["LimitNOFILE"]
+    assert process_max(int(descriptors)) == PROCESS_MAX
 
 
 def test_dom0s_unit_is_enabled_by_a_preset_of_its_own_and_waits_for_a_flag_elsewhere() -> None:
@@ -357,7 +364,7 @@ def test_dom0s_unit_is_enabled_by_a_preset_of_its_own_and_waits_for_a_flag_elsew
 
 
 def test_the_socket_service_has_memory_for_all_its_mux_calls_and_calls() -> None:
-    mux_calls_mib = MUXS_MAX * MUX_MIB + streams_mib(LENT_TIMES)
+    mux_calls_mib = MUXS_MAX * MUX_MIB + streams_mib(STREAMS_MAX, LENT_TIMES)
     singles_mib = CONNECTIONS_MAX * (4 * SERVER_BUFFER_BYTES / 1024 + 2 * SEGMENT_KIB) / 1024
     needed_mib = PROGRAM_MIB + mux_calls_mib + singles_mib
     assert needed_mib <= memory_mib("qubes-forward-service.service") <= 1.1 * needed_mib

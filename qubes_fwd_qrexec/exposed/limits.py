@@ -16,15 +16,22 @@ from ipaddress import IPv6Address
 
 from qubes_fwd_qrexec.common.rules import Limits
 from qubes_fwd_qrexec.common.values import IPAddress
-from qubes_fwd_qrexec.relay.budget import STREAMS_MAX
+from qubes_fwd_qrexec.relay.budget import FLOOR_BYTES, LENT_BYTES, Budget
+from qubes_fwd_qrexec.relay.socketbuffers import HELD_BYTES, SocketMemory
+from qubes_fwd_qrexec.system.memory import memory_bytes
 
 from .bucket import Bucket
 from .crowd import Crowd, Member
 
-# As many as `budget` has floors for. docs/numbers.md has ten thousand held, at 9 KiB each.
-PROCESS_MAX = STREAMS_MAX
+# A listener holds at most so many, over several mux calls: as many as one address has ports.
+PROCESS_MAX = 65_536
+# And one for each so much of the qube's memory. An idle one takes a quarter of that: 2 KiB here, as much for
+# its floor (`budget`), and 4 KiB in the kernel (docs/numbers.md). So a sys-net of 400 MiB holds 12,800.
+MEMORY_EACH_BYTES = 32 << 10
+# What sockets may hold beside that is another quarter, if that is less than `HELD_BYTES`.
+_HELD_PART = 4
 # An ordinary program may have 1024 files open (systemd's soft limit, DefaultLimitNOFILE). So no honest client
-# needs more, nor does a proxy with an office behind it. Sixteen clients fill a process.
+# needs more, nor does a proxy with an office behind it. It takes 64 clients to fill a process.
 PER_SOURCE = 1024
 # The hosts of a LAN share one IPv6 network of 64 bits, and a single host has as many addresses in it as it
 # likes. So each address counts as a client, and a whole network as this many clients.
@@ -54,6 +61,12 @@ def process_max(descriptors: int) -> int:
     A quarter is left for listening sockets and calls.
     """
     return PROCESS_MAX if descriptors < 0 else max(1, min(PROCESS_MAX, descriptors * 3 // 4))
+
+
+def budget(memory: int) -> Budget:
+    """What the streams of a listener may make it hold, in a qube with so many bytes of ``memory``."""
+    sockets = SocketMemory(held_max=min(HELD_BYTES, memory // _HELD_PART))
+    return Budget(PROCESS_MAX * FLOOR_BYTES + LENT_BYTES, PROCESS_MAX, sockets)
 
 
 class _Rate:
@@ -94,13 +107,21 @@ class Process:
         connections_max: int = PROCESS_MAX,
         clock: Callable[[], float] = time.monotonic,
         yields: float = YIELDS,
+        memory: Callable[[], int] = memory_bytes,
     ) -> None:
-        """``yields``: how many connections a second are ended to make room for those of others."""
-        self.connections_max = connections_max
+        """``yields``: how many connections a second are ended to make room for those of others. ``memory``:
+        how many bytes the qube has now, which may be too few for ``connections_max``."""
+        self._connections_max = connections_max
+        self._memory = memory
         self.connections = 0
         self._clock = clock
         self._yields = Bucket(yields, yields, clock())
         self._accounts: set[Account] = set()
+
+    @property
+    def connections_max(self) -> int:
+        """How many there may be now."""
+        return max(1, min(self._connections_max, self._memory() // MEMORY_EACH_BYTES))
 
     @property
     def rule_max(self) -> int:

@@ -91,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=None,
         metavar="N",
-        help=f"connections at once, of all forwards (default: {PROCESS_MAX}, or what open files allow)",
+        help=f"connections at once, of all forwards (default: {PROCESS_MAX}, or what memory and open files "
+        "allow)",
     )
     options.add_argument(
         "--leave-drain",

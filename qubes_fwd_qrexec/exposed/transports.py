@@ -14,8 +14,8 @@ from qubes_fwd_qrexec.common.config import ListenerConfig, Service
 from qubes_fwd_qrexec.common.rules import Proxy, Transport
 from qubes_fwd_qrexec.common.values import TargetPorts
 from qubes_fwd_qrexec.mux import Origin, ProxyVersion
-from qubes_fwd_qrexec.relay.budget import Budget
 from qubes_fwd_qrexec.relay.thread import RelayThread
+from qubes_fwd_qrexec.system.memory import memory_bytes
 
 from .call import Caller, CallTimeouts, Ending, relay_over_call
 from .callbudget import CallBudget
@@ -23,6 +23,7 @@ from .callwaits import CallWaits
 from .counters import Carried
 from .crowd import client_key
 from .flowpool import FlowPool
+from .limits import budget
 from .muxpool import LINGER_S, MuxPool
 from .streampool import StreamPool
 
@@ -51,7 +52,7 @@ class Transports:
         self.calls = CallBudget(tasks, calls_max, bugs=relays.loop.bugs, waits=waits)
         self._timeouts = timeouts
         self._linger_s = linger_s
-        self._budget = Budget()
+        self._budget = budget(memory_bytes())
         self.pools: dict[_PoolKey, StreamPool] = {}
         self.flow_pools: dict[_PoolKey, FlowPool] = {}
         self._is_draining = False

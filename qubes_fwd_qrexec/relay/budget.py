@@ -13,9 +13,12 @@ from .socketbuffers import SocketMemory
 
 # The credit that every stream has, whatever the others do.
 FLOOR_BYTES = MIN_WINDOW_BYTES
-# Half for 16,384 floors, half to share; with 10,000 streams held there are 12 MiB more to share.
-BUDGET_BYTES = 64 << 20
-STREAMS_MAX = BUDGET_BYTES // 2 // FLOOR_BYTES
+# What is lent above the floors.
+LENT_BYTES = 32 << 20
+# As many floors as fit as much again. That is for the service of one mux call; a listener, which has several
+# calls, has floors for more (`exposed.limits`).
+STREAMS_MAX = LENT_BYTES // FLOOR_BYTES
+BUDGET_BYTES = LENT_BYTES + STREAMS_MAX * FLOOR_BYTES
 # A stream begins with this, if enough is left: an HTTP request or a small page needs no waiting.
 INITIAL_BYTES = 32 << 10
 # It grows to this at most: with 0.3 ms for a round trip through two qubes, enough for 800 MiB/s. Twice as

@@ -11,6 +11,7 @@ from qubes_fwd_qrexec.common.rules import NO_LIMITS, Limits
 from qubes_fwd_qrexec.common.values import IPAddress
 from qubes_fwd_qrexec.exposed.limits import (
     CLIENTS_PER_NETWORK,
+    MEMORY_EACH_BYTES,
     PER_SOURCE,
     PROCESS_MAX,
     RATE,
@@ -18,10 +19,15 @@ from qubes_fwd_qrexec.exposed.limits import (
     Account,
     NotAdmitted,
     Process,
+    budget,
     process_max,
 )
+from qubes_fwd_qrexec.relay.budget import FLOOR_BYTES, LENT_BYTES
+from qubes_fwd_qrexec.relay.socketbuffers import HELD_BYTES
 
 ONE, OTHER = IPv4Address("192.0.2.1"), IPv4Address("192.0.2.2")
+# As much memory as the most connections need.
+PLENTY = 1 << 40
 
 
 class Clock:
@@ -49,7 +55,7 @@ class Visitor:
 
 def account(text: str = "", process: Process | None = None, clock: Clock | None = None) -> Account:
     limits = Limits.parse(text) if text else NO_LIMITS
-    return Account(limits, process or Process(), clock or Clock())
+    return Account(limits, process or Process(memory=lambda: PLENTY), clock or Clock())
 
 
 def numbered(number: int) -> IPAddress:
@@ -233,7 +239,7 @@ def test_a_client_that_has_all_it_may_gives_up_one_that_is_quiet_if_it_may_have_
     """Flows do, and connections do not."""
     clock = Clock()
     for quiet_s, expected in ((math.inf, NotAdmitted.PER_SOURCE), (5.0, None)):
-        flows = Account(Limits.parse("per-source:3"), Process(), clock, quiet_s)
+        flows = Account(Limits.parse("per-source:3"), Process(memory=lambda: PLENTY), clock, quiet_s)
         own = [Visitor(ONE) for _ in range(3)]
         for visitor, quiet in zip(own, (1.0, 6.0, 0.0), strict=True):
             visitor.moved_at = clock.now - quiet
@@ -271,7 +277,7 @@ def test_where_all_is_full_and_nobody_holds_more_a_client_gives_up_one_of_its_ow
 
 def test_the_quiet_one_is_found_among_many_that_are_busy() -> None:
     clock = Clock()
-    flows = Account(Limits.parse("per-source:100"), Process(), clock, 5.0)
+    flows = Account(Limits.parse("per-source:100"), Process(memory=lambda: PLENTY), clock, 5.0)
     many = [Visitor(ONE) for _ in range(100)]
     for visitor in many:
         visitor.moved_at = clock.now
@@ -288,7 +294,7 @@ def test_the_quiet_one_is_found_among_many_that_are_busy() -> None:
 
 def test_an_address_without_any_has_its_network_give_up_a_quiet_one() -> None:
     clock = Clock()
-    flows = Account(Limits.parse("per-source:1"), Process(), clock, 5.0)
+    flows = Account(Limits.parse("per-source:1"), Process(memory=lambda: PLENTY), clock, 5.0)
     hosts = [Visitor(ip_address(f"2001:db8::{number}")) for number in range(1, CLIENTS_PER_NETWORK + 1)]
     for visitor in hosts:
         visitor.moved_at = clock.now - 6
@@ -310,7 +316,7 @@ def test_no_more_than_so_many_make_room_in_a_second() -> None:
 
 
 def test_the_defaults_hold_what_was_measured_and_bound_each_client_and_second() -> None:
-    assert Process().rule_max == 12_288
+    assert Process(memory=lambda: PLENTY).rule_max == 49_152
     counting = account()
     assert enter(counting, *[ONE] * (PER_SOURCE + 1)) == [None] * PER_SOURCE + [NotAdmitted.PER_SOURCE]
     found = enter(counting, *map(numbered, range(RATE - PER_SOURCE + 1)))
@@ -330,7 +336,7 @@ def test_new_limits_hold_for_newcomers_and_give_no_second_burst() -> None:
 
 
 def test_ten_thousand_cycles_leave_nothing() -> None:
-    clock, process = Clock(), Process()
+    clock, process = Clock(), Process(memory=lambda: PLENTY)
     counting = account("", process, clock)
     held: list[Visitor] = []
     for number in range(10_000):
@@ -383,7 +389,7 @@ def test_no_limit_is_passed_and_only_clients_that_hold_more_make_room(
             assert set(counting.crowd) == set(own)
 
 
-@pytest.mark.parametrize(("limits", "number"), [("", 12_288), ("connections:7", 7)])
+@pytest.mark.parametrize(("limits", "number"), [("", 49_152), ("connections:7", 7)])
 def test_the_words_say_which_limit_and_how_high_it_is(limits: str, number: int) -> None:
     counting = account(limits)
     assert f"there are {number} connections, the limit connections" in counting.words(NotAdmitted.CONNECTIONS)
@@ -399,3 +405,27 @@ def test_the_words_say_which_limit_and_how_high_it_is(limits: str, number: int) 
 def test_a_process_with_few_files_takes_fewer(descriptors: int, connections: int) -> None:
     assert process_max(descriptors) == connections
     assert Process(1).rule_max == 1
+
+
+def test_a_qube_holds_one_for_each_32_kib_that_it_has_now_and_not_more_than_it_may() -> None:
+    memory = 400 << 20
+    process = Process(15_000, memory=lambda: memory)
+    assert (process.connections_max, process.rule_max) == (12_800, 9_600)
+    memory *= 2
+    assert (process.connections_max, process.rule_max) == (15_000, 11_250), "dom0 has given it more"
+    memory = 1000
+    assert process.connections_max == 1
+
+
+def test_a_newcomer_is_one_too_many_where_the_memory_is_used_up() -> None:
+    process = Process(memory=lambda: 3 * MEMORY_EACH_BYTES)
+    counting = account("connections:100", process)
+    assert enter(counting, *[ONE] * 4) == [None] * 3 + [NotAdmitted.PROCESS]
+
+
+@pytest.mark.parametrize(("memory", "held_max"), [(300 << 20, 75 << 20), (1 << 40, HELD_BYTES)])
+def test_the_bytes_of_all_that_a_listener_may_hold_have_a_bound(memory: int, held_max: int) -> None:
+    of_all = budget(memory)
+    assert of_all.streams_max == PROCESS_MAX
+    assert of_all.total == LENT_BYTES + PROCESS_MAX * FLOOR_BYTES == 160 << 20
+    assert of_all.sockets.held_max == held_max
