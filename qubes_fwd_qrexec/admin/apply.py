@@ -299,23 +299,33 @@ class Applied(NamedTuple):
     snapshot: Snapshot
 
 
-def due(snapshot: Snapshot, now: float, *, is_held: bool | None = None) -> Applied:
-    """What `reconcile` would do now. Nothing is done."""
-    planned = snapshot.plan(now, is_held=is_held)
+def due(
+    snapshot: Snapshot, now: float, *, is_held: bool | None = None, known: Plan | None = None
+) -> Applied:
+    """What `reconcile` would do now; ``known`` is an earlier plan. Nothing is done."""
+    planned = snapshot.plan(now, is_held=is_held, known=known)
     return Applied(planned, Outcome(differences(planned, snapshot.inventory, snapshot.installed)), snapshot)
 
 
-def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> Applied:
+def reconcile(
+    backend: Backend,
+    now: float,
+    *,
+    is_held: bool | None = None,
+    read: Snapshot | None = None,
+    known: Plan | None = None,
+) -> Applied:
     """Make policy and configuration what the stored rules ask for; the caller holds the lock.
 
     What could not be done is in the outcome. If somebody changes policy meanwhile without our lock, all is
-    looked at again. ``is_held`` puts everything on hold, or lifts the hold. Raises `StoreError` if the qubes
-    cannot be read.
+    looked at again. ``is_held`` puts everything on hold, or lifts the hold. ``read`` is the system with its
+    configurations, if the caller has read it under the same lock; ``known`` is an earlier plan. Raises
+    `StoreError` if the qubes cannot be read.
     """
     outcome, untold, stopped, overtaken, unsure = Outcome(), set[Place](), set[Key](), 0, 0
     while True:
-        snapshot = look(backend, with_config=True)
-        planned = snapshot.plan(now, is_held=is_held)
+        snapshot, read = read or look(backend, with_config=True), None
+        planned = known = snapshot.plan(now, is_held=is_held, known=known)
         # Whoever began a hold may have been killed before any call was ended.
         ends_all = planned.is_held and not is_held
         inventory = snapshot.inventory

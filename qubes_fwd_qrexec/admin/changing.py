@@ -94,7 +94,7 @@ def change(
     """
     backend, now, is_applied, is_stored, seen = system
     with backend.locked():
-        before = look(backend, with_config=not is_stored)
+        before = look(backend, with_config=is_applied)
         for key, saw in seen.items():
             check_seen(before, key, saw, done)
         changes = decide(before)
@@ -106,20 +106,22 @@ def change(
             after = before.changed(changes)
         changes = {key: value for key, value in changes.items() if _stored(before.inventory, *key) != value}
         # Judged as the last of those that claim ports, before and after.
-        was, planned = (each.plan(now, changes.keys(), is_held=False) for each in (before, after))
+        was = before.plan(now, changes.keys(), is_held=False)
+        planned = after.plan(now, changes.keys(), is_held=False, known=was)
         for forward in (forward for forward in planned if forward.named[:2] in changes):
             problem = new_problem(was.find(*forward.named[:2]), forward, ports_alone=ports_alone)
             if problem is not None:
                 raise NotOpenError(f"{forward.named} was not {done}", forward, problem)
-        plan_before, planned, outcome = before.plan(now), after.plan(now), Outcome()
+        plan_before, outcome = before.plan(now, known=was), Outcome()
+        planned = after.plan(now, known=planned)
         if is_stored:
             store(backend, before.inventory, changes)
         elif is_applied:
-            outcome = due(after, now).outcome
+            outcome = due(after, now, known=planned).outcome
         is_applied = is_applied and is_stored
         if is_applied:
             try:
-                planned, outcome, read = reconcile(backend, now)
+                planned, outcome, read = reconcile(backend, now, read=after, known=planned)
             except StoreError as error:
                 raise StoredError(error) from error
             except KeyboardInterrupt:

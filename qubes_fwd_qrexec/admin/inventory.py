@@ -98,6 +98,15 @@ class Qube(NamedTuple):
     problem: str | None = None
 
 
+def _without_forwards(qube: Qube) -> Qube:
+    left = {
+        key: value
+        for key, value in qube.features.items()
+        if key == TUNNEL_FEATURE or not key.startswith((RULE_PREFIX, CONFIG_PREFIX))
+    }
+    return qube._replace(features=left, configured=frozenset())
+
+
 class Chain(NamedTuple):
     """The netvms of a qube, nearest first; ``problem`` says why the walk could not be finished."""
 
@@ -124,6 +133,10 @@ class Inventory(NamedTuple):
 
     def get(self, name: str) -> Qube | None:
         return self.qubes.get(QubeName(name))
+
+    def without_forwards(self) -> "Inventory":
+        """The same but for rules and for what qubes are told of them: what a rule by itself depends on."""
+        return self._replace(qubes={name: _without_forwards(qube) for name, qube in self.qubes.items()})
 
     def with_templates(self, name: str) -> Iterator[Qube]:
         """A qube, its template, and the template of that: a disposable is made from a qube that has one."""

@@ -117,6 +117,8 @@ def allowing(policy: str | None) -> frozenset[str]:
 
 def stock_targets(policy: str | None) -> frozenset[QubeName]:
     """The targets that are called over the stock service alone."""
+    if Service.CONNECT_TCP not in (policy or ""):
+        return frozenset()
     calls = [words for line in allowing(policy) if len(words := line.split()) > 3]
     stock, ours = (
         {words[3] for words in calls if words[0] == service}
@@ -127,4 +129,5 @@ def stock_targets(policy: str | None) -> frozenset[QubeName]:
 
 def is_held(policy: str | None) -> bool:
     """Whether everything is held. The rest of that line is not read: in doubt, nothing opens."""
-    return any(line.strip().startswith(_HOLD) for line in _LINE_ENDS.split(policy or ""))
+    text = policy or ""
+    return _HOLD in text and any(line.strip().startswith(_HOLD) for line in _LINE_ENDS.split(text))

@@ -115,8 +115,8 @@ class Snapshot(NamedTuple):
         is_held: bool | None = None,
         known: Plan | None = None,
     ) -> Plan:
-        """What the rules ask for. ``is_held`` overrides what dom0's policy says of the hold; ``known`` is the
-        plan of a snapshot that differs in few rules alone, and spares most of the work.
+        """What the rules ask for. ``is_held`` overrides what dom0's policy says of the hold; ``known`` is an
+        earlier plan, which spares most of the work if little has changed since.
         """
         stock = policy.stock_targets(self.installed.text)
         planned = plan(

@@ -13,9 +13,9 @@ from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
 from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, NamedRule, Transport
-from qubes_fwd_qrexec.common.values import IPNetwork, QubeName, Sources
+from qubes_fwd_qrexec.common.values import IPAddress, IPNetwork, QubeName, Sources
 
-from .inventory import TunnelMark
+from .inventory import Inventory, TunnelMark
 
 Key = tuple[QubeName, str]
 """Target and name of a rule."""
@@ -216,18 +216,61 @@ class Forward(NamedTuple):
         return self._replace(findings=(*self.findings, finding), configs=configs)
 
 
+class Claim(NamedTuple):
+    """Ports that a rule claims at a qube.
+
+    ``side`` is None for a listener, which has the port whatever the side. ``is_own``: the qube is the rule's
+    target.
+    """
+
+    first: int
+    last: int
+    side: Side | None
+    addresses: tuple[IPAddress, ...]
+    qube: QubeName
+    named: NamedRule
+    is_own: bool = False
+
+    def rivals(self, other: "Claim") -> bool:
+        """Whether only one of two claims to the same port can be had."""
+        return (
+            not (self.is_own and other.is_own)
+            and self.named.rule.proto.overlaps(other.named.rule.proto)
+            and (self.side is None or other.side is None or self.side is other.side)
+            and _overlap(self.addresses, other.addresses)
+        )
+
+
+def _overlap(some: tuple[IPAddress, ...], others: tuple[IPAddress, ...]) -> bool:
+    """Whether two claim one address; a wildcard claims all of its family, and no other."""
+    return any(
+        a.version == b.version and (a == b or a.is_unspecified or b.is_unspecified)
+        for a in some
+        for b in others
+    )
+
+
+class Alone(NamedTuple):
+    """What becomes of a rule without all others, and what it claims."""
+
+    forward: Forward
+    claims: tuple[Claim, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """All rules in the order of target and name, and what is stored as a rule and cannot be read.
 
     ``is_held``: nothing of it is live, whatever the rules ask for, until somebody resumes. ``alone`` is each
-    rule as it would be without all others, for whoever plans almost the same again.
+    rule without all others, and ``basis`` what that depends on besides: the qubes and the targets that are
+    called over the stock service; by them another plan is made sooner.
     """
 
     forwards: tuple[Forward, ...]
     broken: tuple[BrokenRule, ...] = ()
     is_held: bool = False
-    alone: Mapping[Key, Forward] = field(default_factory=dict, compare=False, repr=False)
+    alone: Mapping[Key, Alone] = field(default_factory=dict, compare=False, repr=False)
+    basis: tuple[Inventory, frozenset[QubeName]] | None = field(default=None, compare=False, repr=False)
 
     def __iter__(self) -> Iterator[Forward]:
         return iter(self.forwards)

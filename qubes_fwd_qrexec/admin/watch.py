@@ -92,10 +92,10 @@ def _look(backend: Backend, now: float, last: Look | None, *, is_followed: bool)
     """Reconcile, and tell what is allowed to targets that have started since the last look: dom0 may have
     allowed a call while one was still starting, of a rule that is over by now. When a hold begins, all are
     told to cut what they have."""
-    with backend.locked():
-        applied = reconcile(backend, now)
-    planned, ended = applied.plan, applied.outcome.ended
     before = None if last is None else last.applied.plan
+    with backend.locked():
+        applied = reconcile(backend, now, known=before)
+    planned, ended = applied.plan, applied.outcome.ended
     fresh = running = serving(applied.snapshot.inventory)
     just_told = {each.target for each in ended}
     if not planned.is_held or (before is not None and before.is_held) or running <= just_told:

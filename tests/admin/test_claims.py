@@ -150,3 +150,21 @@ def test_what_comes_to_a_target_by_nft_is_not_taken_on_its_way_by_another(mode: 
 def test_two_rules_may_lead_to_one_port_of_a_target() -> None:
     rules = [rule("mode=nft srcports=80", name="a"), rule("mode=nft srcports=81 dstports=80", name="b")]
     assert {forward.state for forward in plan(rules, nft_world(), NOW)} == {State.ACTIVE}
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [("1-65535", "1"), ("1-65535", "65535"), ("200-300", "256"), ("255-256", "256-257"), ("256-511", "511")],
+)
+def test_ports_in_common_are_found_wherever_they_lie_in_two_ranges(wide: str, narrow: str) -> None:
+    for one, other in ((wide, narrow), (narrow, wide)):
+        found = plan([rule(f"srcports={one}", name="a"), rule(f"srcports={other}", name="b")], world(), NOW)
+        assert [forward.cause for forward in found] == [Cause.OPEN, Cause.CONFLICT]
+
+
+def test_of_several_that_have_a_port_the_first_is_named() -> None:
+    ports = {"a": "900", "b": "100", "c": "500", "d": "1-1000"}
+    *_, last = plan([rule(f"srcports={each}", name=name) for name, each in ports.items()], world(), NOW)
+    (conflict,) = last.stops
+    assert conflict.rival is not None
+    assert conflict.rival.name == "a"
