@@ -105,13 +105,15 @@ def resume(backend: Backend, now: float, shown: Plan | None = None) -> tuple[boo
     open otherwise by now; that it opens less is no reason.
     """
     with backend.locked():
-        if shown is not None:
-            planned = snapshot.look(backend).plan(now, is_held=False)
-            if more := _openings(planned) - _openings(shown):
-                names = ", ".join(sorted({name for name, _ in more}))
-                raise RefusedError(f"nothing was opened: {names} would open otherwise than you were shown")
         was_held = policy.is_held(backend.read_policy().text)
-        return was_held, reconcile(backend, now, is_held=False)
+        if shown is None:
+            return was_held, reconcile(backend, now, is_held=False)
+        read = snapshot.look(backend, with_config=True)
+        planned = read.plan(now, is_held=False, known=shown)
+        if more := _openings(planned) - _openings(shown):
+            names = ", ".join(sorted({name for name, _ in more}))
+            raise RefusedError(f"nothing was opened: {names} would open otherwise than you were shown")
+        return was_held, reconcile(backend, now, is_held=False, read=read, known=planned)
 
 
 def _openings(planned: Plan) -> set[tuple[str, str]]:

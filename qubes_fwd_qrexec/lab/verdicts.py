@@ -8,13 +8,14 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
 from qubes_fwd_qrexec.common.errors import StoreError
 
 from .evaluator import Allow, Ask, Deny, Domain, Request, System, Verdict, evaluate
-from .policytext import PolicyTextError, load_policy
+from .policytext import PolicyRule, PolicyTextError, load_policy
 
 
 class Judge(Protocol):
@@ -40,11 +41,16 @@ class OwnJudge:
 
 
 class _OwnPolicy:
+    """By argument, since most lines are about one: those that may fit a call are few of many."""
+
     def __init__(self, directory: Path) -> None:
-        self._rules = load_policy(directory)
+        self._rules: dict[str | None, list[tuple[int, PolicyRule]]] = {}
+        for place, rule in enumerate(load_policy(directory)):
+            self._rules.setdefault(rule.argument, []).append((place, rule))
 
     def judge(self, system: System, request: Request) -> Verdict:
-        return evaluate(self._rules, system, request)
+        some = (*self._rules.get(None, ()), *self._rules.get(request.argument, ()))
+        return evaluate([rule for _, rule in sorted(some, key=itemgetter(0))], system, request)
 
 
 class QubesJudge:

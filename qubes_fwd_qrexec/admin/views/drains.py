@@ -44,7 +44,7 @@ def ask(session: Session, snapshot: Snapshot, planned: Plan, qubes: Collection[s
     """Ask the running qubes that are to listen, by their service or by a rule, or to forward by nft, as far
     as ``planned``, the part of the plan that concerns ``qubes``, is about them. All are asked at once.
     """
-    inventory, everything = snapshot.inventory, snapshot.plan(session.now)
+    inventory, everything = snapshot.inventory, snapshot.plan(session.now, known=planned)
     backend = session.backend
     exposed = {forward.exposed for forward in everything if forward.mode is Mode.QREXEC}
     running = [qube for qube in inventory.qubes.values() if qube.is_running]

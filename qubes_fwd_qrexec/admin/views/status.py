@@ -162,7 +162,7 @@ def status_of(
     """How a system is; ``planned`` is the part of its plan that concerns ``qubes``, all of it without any."""
     over_qrexec = (forward for forward in planned.live if forward.mode is Mode.QREXEC)
     rows = tuple(row for forward in over_qrexec for row in _rows(forward, verdicts, answers))
-    everything = snapshot.plan(now) if qubes else planned
+    everything = snapshot.plan(now, known=planned) if qubes else planned
     due = differences(everything, snapshot.inventory, snapshot.installed)
     goes_on: list[GoesOn] = []
     silent = []
@@ -269,7 +269,7 @@ def asked(
     """
     if verdicts is None:
         verdicts = judged_apart(planned.live, backend, snapshot.installed)
-    everything, inventory = snapshot.plan(now) if qubes else planned, snapshot.inventory
+    everything, inventory = snapshot.plan(now, known=planned) if qubes else planned, snapshot.inventory
     argument = CLIENTS if with_clients else ""
     answers, told = both(
         partial(ask_all, backend, to_ask(planned, inventory, qubes), argument=argument),
