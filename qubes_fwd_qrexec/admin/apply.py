@@ -128,6 +128,8 @@ def _without(forward: Forward, untold: Collection[Place]) -> Forward:
     """What is left of a forward where qubes could not be told of it. Over qrexec each protocol is by itself;
     by nft nothing is left, as each qube of the path decides on both.
     """
+    if not untold:
+        return forward
     left = tuple(
         (qube, config)
         for qube, config in forward.configs
@@ -183,10 +185,10 @@ def differences(
     kept = {place for place in untold if not is_nft(place)}
     for qube, key in sorted(present.keys() - wanted.keys() - kept, key=outermost_first):
         steps.append(Step(Kind.REMOVE_CONFIG, qube=qube, key=key, was=present[qube, key]))
+    differing = (place for place, value in wanted.items() if value != present.get(place))
     changed = [
         Step(Kind.SET_CONFIG, parse_printable(wanted[place]), *place, present.get(place))
-        for place in sorted(wanted, key=outermost_first)
-        if wanted[place] != present.get(place)
+        for place in sorted(differing, key=outermost_first)
     ]
     # A qube that has it may be narrowed by it, so that comes before anything opens.
     steps += [step for step in changed if not step.opens]
@@ -218,8 +220,8 @@ def _revocations(
 
     ``cuts_drains``: they end at once.
     """
-    kept = {call for line in wanted if (call := policy.calls_of(line)) is not None}
     # A line that only changes, in its autostart, ends nothing.
+    kept = {call for line in wanted if (call := policy.calls_of(line)) is not None} if gone else set()
     over = [line for line in gone if policy.calls_of(line) not in kept]
     targets = {*targets_of(over, inventory), *others}
     if not targets:

@@ -82,15 +82,16 @@ def text(planned: Plan, *, withheld: Container[str] = ()) -> str:
     # Two forwards to the same port of a target from the same qube share a line.
     done: set[str] = set()
     for forward in planned.live:
-        if not lines(forward):
+        needed = lines(forward)
+        if not needed:
             continue
         rule = forward.named.rule
         parts.append(
             f"\n# {forward.named}: {rule.listen_ports.worded()} of {forward.exposed} to "
             f"{rule.target_ports.worded()}\n"
         )
-        parts += [f"{line}\n" for line in lines(forward) if line not in done and line not in withheld]
-        done.update(lines(forward))
+        parts += [f"{line}\n" for line in needed if line not in done and line not in withheld]
+        done.update(needed)
     parts.append("\n# Whatever no line above allows is denied.\n")
     parts += [f"{line}\n" for line in CLOSING]
     return "".join(parts)

@@ -7,7 +7,7 @@ dom0 writes each `ListenerConfig` as feature ``vm-config.fwd.TARGET.NAME`` of th
 nor the names of other qubes nor comments.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Self
 
@@ -58,8 +58,8 @@ class Side(StrEnum):
 class ListenerConfig:
     """One forward, as its listener needs it.
 
-    ``transport`` is never ``auto``. ``expire`` is in UNIX seconds. Raises `ConfigError` for contradictions,
-    and if it does not fit into QubesDB.
+    ``transport`` is never ``auto``. ``expire`` is in UNIX seconds. ``text`` is what it prints. Raises
+    `ConfigError` for contradictions, and if it does not fit into QubesDB.
     """
 
     target: QubeName
@@ -75,6 +75,7 @@ class ListenerConfig:
     on_expire: OnExpire = OnExpire.CUT
     expire: int | None = None
     limits: Limits = NO_LIMITS
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.listen_ports) != len(self.target_ports):
@@ -89,7 +90,8 @@ class ListenerConfig:
             raise ConfigError(f"{self.key}: {self.service} carries many flows; transport=mux would be right")
         if self.proto is Proto.UDP and self.proxy is Proxy.V1:
             raise ConfigError(f"{self.key}: proxy=v1 is for TCP alone; proxy=v2 would be right")
-        entries.check_size(self.key, str(self))
+        object.__setattr__(self, "text", entries.print_value(self, _FORMS, _REQUIRED))
+        entries.check_size(self.key, self.text)
 
     @classmethod
     def of_rule(
@@ -156,7 +158,7 @@ class ListenerConfig:
         return cls(target=target, name=name, **given)
 
     def __str__(self) -> str:
-        return entries.print_value(self, _FORMS, _REQUIRED)
+        return self.text
 
 
 class ForwardKey(NamedTuple):

@@ -6,7 +6,6 @@ writes each as feature ``vm-config.KIND.TARGET.NAME`` of the qube, and Qubes car
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import fields
 from typing import Any
 
 from . import values
@@ -74,10 +73,10 @@ def print_value(config: Any, forms: Mapping[str, Form], required: Collection[str
 
 
 def _options(config: Any, forms: Mapping[str, Form], required: Collection[str]) -> Iterator[str]:
-    defaults = {field.name: field.default for field in fields(config)}
+    known = config.__dataclass_fields__
     for option, form in forms.items():
         value = getattr(config, form.field)
-        if option in required or value != defaults[form.field]:
+        if option in required or value != known[form.field].default:
             yield f"{option}={form.print(value)}"
 
 

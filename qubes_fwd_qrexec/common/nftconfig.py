@@ -6,7 +6,7 @@ path; the target lets them in. dom0 writes each `NftConfig` as feature ``vm-conf
 qube. A hop learns the address of the next qube, and of none beyond.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv6Address
@@ -51,8 +51,8 @@ class NftConfig:
     Packets come by ``side`` to ``listen_ports``, at the exposed qube to ``listen`` alone if that is given. A
     hop sends them to ``target_ports`` of the next qube, which has ``to4`` and ``to6``; a family without
     address is not forwarded. ``family`` is the one IP version that reaches a target whose sources are of
-    both. ``expire`` is in UNIX seconds. ``limits`` are for the exposed qube. Raises `ConfigError` for
-    contradictions, and if it does not fit into QubesDB.
+    both. ``expire`` is in UNIX seconds. ``limits`` are for the exposed qube. ``text`` is what it prints.
+    Raises `ConfigError` for contradictions, and if it does not fit into QubesDB.
     """
 
     target: QubeName
@@ -70,12 +70,14 @@ class NftConfig:
     on_expire: OnExpire = OnExpire.CUT
     expire: int | None = None
     limits: Limits = NO_LIMITS
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         problem = self._contradiction()
         if problem is not None:
             raise ConfigError(f"{self.key}: {problem}")
-        entries.check_size(self.key, str(self))
+        object.__setattr__(self, "text", entries.print_value(self, _FORMS, _REQUIRED))
+        entries.check_size(self.key, self.text)
 
     def _contradiction(self) -> str | None:
         is_shifted = self.is_shifted
@@ -153,7 +155,7 @@ class NftConfig:
         return cls(target=target, name=name, **entries.parse_value(key, untrusted_value, _FORMS, _REQUIRED))
 
     def __str__(self) -> str:
-        return entries.print_value(self, _FORMS, _REQUIRED)
+        return self.text
 
 
 def is_nft_key(key: str) -> bool:

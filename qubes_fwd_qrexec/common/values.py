@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import NewType, Self
 
@@ -223,6 +224,15 @@ def _is_within(network: IPNetwork, wide: IPNetwork) -> bool:
     return isinstance(wide, IPv6Network) and network.subnet_of(wide)
 
 
+# Many rules have the same clients, and nothing else of a rule takes as long to parse and to print.
+_SOURCES_KEPT = 1024
+
+
+@lru_cache(_SOURCES_KEPT)
+def _printed(networks: tuple[IPNetwork, ...]) -> str:
+    return ",".join(map(str, networks))
+
+
 @dataclass(frozen=True, slots=True)
 class PortRange:
     """Ports from ``first`` to ``last``, both included; printed as ``N-M``, like port ranges in Qubes."""
@@ -308,18 +318,19 @@ class Sources:
         ordered = sorted(set(networks), key=lambda n: (n.version, int(n.network_address), n.prefixlen))
         return cls(tuple(ordered))
 
-    @classmethod
-    def parse(cls, text: str) -> Self:
+    @staticmethod
+    @lru_cache(_SOURCES_KEPT)
+    def parse(text: str) -> "Sources":
         """Networks, comma-separated, or ``any``. Raises `TextError`."""
         if text == "any":
-            return cls((), anyone=True)
+            return Sources((), anyone=True)
         parts = text.split(",")
         if "any" in parts:
             raise TextError(text, "a list of networks: any lets in everybody, and stands alone")
-        return cls.of(map(parse_network, parts))
+        return Sources.of(map(parse_network, parts))
 
     def __str__(self) -> str:
-        return "any" if self.anyone else ",".join(map(str, self.networks))
+        return "any" if self.anyone else _printed(self.networks)
 
     def __contains__(self, address: IPAddress) -> bool:
         """Whether a client may connect; IPv4-mapped addresses count as IPv4, and zones are ignored."""
@@ -335,4 +346,5 @@ class Sources:
     @property
     def versions(self) -> frozenset[int]:
         """The IP versions of the networks: a subset of {4, 6}."""
-        return frozenset((4, 6)) if self.anyone else frozenset(n.version for n in self.networks)
+        # IPv4 is first, so that the first and the last are of all versions that there are.
+        return frozenset((4, 6)) if self.anyone else frozenset(self.networks[n].version for n in (0, -1))

@@ -213,11 +213,8 @@ class LabDirectory:
         """Make a running qube's QubesDB what its features say; a halted one has none."""
         delivered = {}
         if is_running:
-            delivered = {
-                key.removeprefix(DELIVERED_PREFIX): value
-                for key, value in self.features(name).items()
-                if key.startswith(DELIVERED_PREFIX)
-            }
+            features = _read_values(self.qube_dir(name).features, DELIVERED_PREFIX)
+            delivered = {key.removeprefix(DELIVERED_PREFIX): value for key, value in features.items()}
         place = self.qube_dir(name).vm_config
         present = _read_values(place)
         for key in present.keys() - delivered.keys():
@@ -361,11 +358,22 @@ def _checked_feature(place: QubeDirectory, key: str) -> str:
     return key
 
 
-def _read_values(directory: Path) -> dict[str, str]:
+def _read_values(directory: Path, prefix: str = "") -> dict[str, str]:
+    """The files there whose names begin so. Raises `StoreError`."""
     try:
-        return {name: (directory / name).read_text(encoding="utf-8") for name in _visible(directory)}
+        return {
+            name: _read(os.path.join(directory, name))
+            for name in _visible(directory)
+            if name.startswith(prefix)
+        }
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(f"{directory}: {why(error)}") from error
+
+
+def _read(path: str) -> str:
+    """The text of a small file: a lab has thousands, and `Path.read_text` takes three times as long."""
+    with open(path, "rb", buffering=0) as file:
+        return file.read().decode()
 
 
 def _visible(directory: Path) -> list[str]:

@@ -13,7 +13,7 @@ from faulty import Faulty, allowed
 from test_status_clients import ONE
 from worlds import ADD, NOW, Command, content
 
-from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.backend import Backend, ChangedError
 from qubes_fwd_qrexec.admin.seen import NotAsSeenError, Seen
 from qubes_fwd_qrexec.admin.snapshot import look
 from qubes_fwd_qrexec.admin.states import Key, NotOpenError
@@ -205,12 +205,11 @@ def test_what_is_stored_and_not_in_force_is_no_error(lab: LabDirectory) -> None:
 
 def test_what_cannot_be_read_once_the_change_is_stored_is_no_error(lab: LabDirectory) -> None:
     class Lost(Faulty):
-        """A system whose qubes cannot be read any more once something was stored."""
+        """A system whose policy somebody changes, and whose qubes cannot be read any more then."""
 
-        def inventory(self, *, with_config: bool = True) -> object:  # type: ignore[override]
-            if any(entry.startswith("set work") for entry in self.log):
-                self._refused = ("inventory",)
-            return super().inventory(with_config=with_config)
+        def replace_policy(self, text: str, token: str) -> None:
+            self._refused = ("inventory",)
+            raise ChangedError("the policy")
 
     done = add(Lost(lab))
     assert done == Done((), ("The change is stored, but cannot inventory",), is_well=False)
