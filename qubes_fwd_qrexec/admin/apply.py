@@ -301,9 +301,7 @@ class Applied(NamedTuple):
     snapshot: Snapshot
 
 
-def due(
-    snapshot: Snapshot, now: float, *, is_held: bool | None = None, known: Plan | None = None
-) -> Applied:
+def due(snapshot: Snapshot, now: float, *, is_held: bool | None = None, known: Plan | None = None) -> Applied:
     """What `reconcile` would do now; ``known`` is an earlier plan. Nothing is done."""
     planned = snapshot.plan(now, is_held=is_held, known=known)
     return Applied(planned, Outcome(differences(planned, snapshot.inventory, snapshot.installed)), snapshot)

@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 
 from .changing import Changed, System, change
 from .inventory import DISPOSABLE, TUNNEL_FEATURE
-from .snapshot import TUNNEL_NAME, NewLines, Snapshot, made_up_name, names_at, parse_new_name
+from .snapshot import TUNNEL_NAME, NewLines, Snapshot, made_up_name, parse_new_name
 from .states import Key
 
 # The feature's value. The empty one also overrides a mark of the template.
@@ -75,13 +75,14 @@ def import_document(
         return changes | dict.fromkeys(gone) | {named[:2]: str(named.rule) for named in news}
 
     changed = change(system, decide, "imported, nor was anything else", ports_alone=True)
-    keys, stored = [named[:2] for named in rules], changed.before.stored
+    keys, stored = [rule[:2] for rule in rules], changed.before.stored
+    named, differing = set(keys), set(changed.keys)
     return Imported(
         changed,
         added=[key for key in keys if key not in stored],
-        replaced=[key for key in keys if key in stored and key in changed.keys],
-        unchanged=[key for key in keys if key not in changed.keys],
-        removed=[key for key in changed.keys if key not in keys],
+        replaced=[key for key in keys if key in stored and key in differing],
+        unchanged=[key for key in keys if key not in differing],
+        removed=[key for key in changed.keys if key not in named],
         marks=marks,
     )
 
@@ -99,6 +100,9 @@ def _pruned(stored: Iterable[Key], rules: Iterable[NamedRule], document: Documen
 def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> list[NamedRule]:
     """The rules with target and name, owner and path."""
     placed: dict[tuple[str, str], NamedRule] = {}
+    taken: dict[str, set[str]] = {}
+    for qube_name, rule_name in snapshot.stored:
+        taken.setdefault(qube_name, set()).add(rule_name)
     for read in document.rules:
         target = read.target or qube
         if target is None:
@@ -107,13 +111,13 @@ def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> li
             raise RefusedError(f"{read.place}: there is no qube {target!a}; nothing was imported")
         rule = _recorded(read, target, document, snapshot)
         try:
-            taken = [*names_at(snapshot.stored, target), *(n for t, n in placed if t == target)]
-            name = parse_new_name(read.name or made_up_name(rule, taken))
+            name = parse_new_name(read.name or made_up_name(rule, taken.get(target, ())))
         except TextError as error:
             raise RuleError(read.place, str(error)) from None
         if (target, name) in placed:
             raise RefusedError(f"{read.place}: {target} {name} appears twice; nothing was imported")
         placed[target, name] = NamedRule(target, name, rule)
+        taken.setdefault(target, set()).add(name)
     return list(placed.values())
 
 

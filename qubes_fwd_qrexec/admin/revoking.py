@@ -5,6 +5,7 @@ A target is told all that dom0 allows there from now on, and ends the rest. That
 target, all at once, and nothing remembers those that failed: safety rests on the lease in the target.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
@@ -49,11 +50,15 @@ def allowances(
     cuts_drains: bool = False,
 ) -> dict[QubeName, Allowance]:
     """What each of the targets is to be told when exactly these lines of policy are in force."""
-    kept = {call for line in lines if (call := policy.calls_of(line)) is not None}
+    kept, draining = defaultdict[QubeName, set[Calls]](set), defaultdict[QubeName, set[Calls]](set)
+    for target, calls in filter(None, map(policy.calls_of, lines)):
+        kept[target].add(calls)
+    for target, calls in drains:
+        draining[target].add(calls)
     found: dict[QubeName, Allowance] = {}
     for target in sorted(set(targets)):
-        keeps = frozenset(calls for at, calls in kept if at == target)
-        left = {calls: DRAIN_S for at, calls in drains if at == target and calls not in keeps}
+        keeps = frozenset(kept[target])
+        left = dict.fromkeys(draining[target] - keeps, DRAIN_S)
         try:
             found[target] = Allowance(keeps=keeps, drains=left, cuts_drains=cuts_drains)
         except TextError:
@@ -72,7 +77,8 @@ def targets_of(lines: Iterable[str], inventory: Inventory) -> set[QubeName]:
     for line in lines:
         call = policy.calls_of(line)
         if call is not None:
-            found |= {call[0]} & {qube.name for qube in inventory.qubes.values() if qube.is_running}
+            called = inventory.get(call[0])
+            found |= {call[0]} if called is not None and called.is_running else set()
         elif line.split()[0] in (*policy.OURS, "*"):
             found |= serving(inventory)
     return found

@@ -271,6 +271,10 @@ class Plan:
     is_held: bool = False
     alone: Mapping[Key, Alone] = field(default_factory=dict, compare=False, repr=False)
     basis: tuple[Inventory, frozenset[QubeName]] | None = field(default=None, compare=False, repr=False)
+    _by_key: Mapping[Key, Forward] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_key", {forward.named[:2]: forward for forward in self.forwards})
 
     def __iter__(self) -> Iterator[Forward]:
         return iter(self.forwards)
@@ -281,10 +285,7 @@ class Plan:
 
     def find(self, target: str, name: str) -> Forward | None:
         """One rule; None if there is none of that name, or it cannot be read."""
-        for forward in self.forwards:
-            if forward.named.target == target and forward.named.name == name:
-                return forward
-        return None
+        return self._by_key.get((QubeName(target), name))
 
     def held(self) -> "Plan":
         """The same while everything is held: nothing is live."""

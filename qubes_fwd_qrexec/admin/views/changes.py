@@ -27,6 +27,7 @@ from qubes_fwd_qrexec.common.errors import (
 )
 from qubes_fwd_qrexec.common.nftconfig import is_nft_key, parse_nft_key
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, Mode, NamedRule, OnExpire, Transport
+from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
 
 from . import callroom, carried, confirmed, given, reasons, steps, travel
 from .judged import denials
@@ -50,7 +51,9 @@ class After(NamedTuple):
 
     ``heard`` is what the listeners make of it, ``told`` what qubes are to have of forwards by nft, ``doubts``
     are qubes that do not confirm that, ``denials`` why dom0's policy denies calls all the same.
-    ``watch_start`` starts `watch`, where that is not running.
+    ``watch_start`` starts `watch`, where that is not running. ``needed`` is what `callroom.calls_needed` says
+    of the plan, and ``needed_before`` of that before. ``hiding`` are targets and ports whose servers did not
+    see their clients before.
     """
 
     changed: Changed
@@ -59,6 +62,9 @@ class After(NamedTuple):
     doubts: tuple[Unconfirmed, ...]
     denials: Mapping[Key, str]
     watch_start: str | None
+    needed: Mapping[QubeName, int]
+    needed_before: Mapping[QubeName, int]
+    hiding: frozenset[tuple[QubeName, TargetPorts]]
 
     @property
     def still_open(self) -> tuple[Unconfirmed, ...]:
@@ -91,7 +97,14 @@ def _followed(changed: Changed, session: Session) -> After:
         was, planned, inventory = changed.plan_before, changed.plan, changed.after.inventory
         said = ask_after(was, planned, changed.keys, inventory, session.backend)
         denied = denials(changed.forwards, session.backend)
-    return After(changed, said, told, doubts, denied, session.backend.unwatched())
+    needed, needed_before = map(callroom.calls_needed, (changed.plan, changed.plan_before))
+    hiding = frozenset(
+        (old.named.target, old.named.rule.target_ports)
+        for old in changed.plan_before.live
+        if travel.hides_clients(old) is not None
+    )
+    watch_start = session.backend.unwatched()
+    return After(changed, said, told, doubts, denied, watch_start, needed, needed_before, hiding)
 
 
 def _perhaps_draining(changed: Changed, now: float) -> dict[Place, str | None]:
@@ -255,18 +268,16 @@ def news(after: After, forward: Forward) -> list[str]:
         is_cut = on_expire is OnExpire.CUT
         then = "are cut" if is_cut else "may go on for up to an hour, because of on-expire=drain"
         found.append(f"{' and '.join(narrowed)} that it no longer allows {then}")
-    room = callroom.note(after.changed.plan, forward, after.changed.plan_before)
+    room = callroom.note(forward, after.needed, after.needed_before)
     found += [] if room is None else [room]
     return [*found, *_hidden(after, forward)]
 
 
 def _hidden(after: After, forward: Forward) -> Iterable[str]:
     """That a server no longer sees who its clients are, unless that was so for it before."""
-    (target, _, rule), note = forward.named, travel.hides_clients(forward)
-    before, was = after.changed.plan_before, after.changed.plan_before.find(*forward.named[:2])
-    others = (old for old in before if old.named.target == target and old.is_live)
-    known = [old for old in others if old.named.rule.target_ports == rule.target_ports]
-    is_known = any(map(travel.hides_clients, [was, *known]))
+    (target, name, rule), note = forward.named, travel.hides_clients(forward)
+    was = after.changed.plan_before.find(target, name)
+    is_known = travel.hides_clients(was) is not None or (target, rule.target_ports) in after.hiding
     return () if note is None or is_known or not forward.is_live else (note,)
 
 

@@ -216,16 +216,20 @@ def beyond_dom0(before: Plan, after: Plan) -> list[tuple[QubeName, ListenerConfi
     changed may keep its connections.
     """
     still = {(*forward.named[:2], forward.exposed) for forward in after.live}
+    gone = [
+        (forward.exposed, config, {*map(policy.calls_of, policy.lines_of(forward, config))})
+        for forward in before.live
+        if (*forward.named[:2], forward.exposed) not in still and forward.state is State.ACTIVE
+        for config in forward.listener_configs
+    ]
+    if not gone:
+        return []
     # None stands for all calls of the stock service.
     lasting = {None, *(policy.calls_of(line) for forward in after.live for line in policy.lines(forward))}
     return [
-        (forward.exposed, config)
-        for forward in before.live
-        if forward.state is State.ACTIVE
-        and forward.exposed is not None
-        and (*forward.named[:2], forward.exposed) not in still
-        for config in forward.listener_configs
-        if not lasting.isdisjoint(map(policy.calls_of, policy.lines_of(forward, config)))
+        (exposed, config)
+        for exposed, config, calls in gone
+        if exposed is not None and not lasting.isdisjoint(calls)
     ]
 
 
@@ -244,9 +248,10 @@ def ask_after(
     What the change closed and dom0 cannot end is asked for in any case, and where ``is_everything`` all that
     goes on anywhere. The caller should not hold the lock. Raises nothing.
     """
+    keys = frozenset(keys)
     opened = [f for f in after if f.named[:2] in keys and f.state is State.ACTIVE and f.listener_configs]
     over = beyond_dom0(before, after)
-    closed = set(keys) - {forward.named[:2] for forward in (*before.live, *after.live)}
+    closed = keys - {forward.named[:2] for forward in (*before.live, *after.live)}
     qubes = {forward.exposed for forward in opened if forward.exposed is not None} | {
         qube for qube, _ in over
     }
