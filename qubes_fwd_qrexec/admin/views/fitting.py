@@ -52,7 +52,7 @@ _ANY_RULE = "action=forward srcports=1-1 srchosts=any"
 def complete(words: Sequence[str], environ: Mapping[str, str], now: float) -> list[str]:
     """What may come next on the line of qvm-forward with these words; ``now`` in UNIX seconds."""
 
-    return candidates(parser.build(), words, lambda line: _Fitting(line, environ, now))
+    return candidates(parser.build(words), words, lambda line: _Fitting(line, environ, now))
 
 
 class _Fitting:

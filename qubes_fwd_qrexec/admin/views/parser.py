@@ -5,7 +5,7 @@ Values stay text here. Whoever uses them parses them, so that --help needs to im
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec import __version__
@@ -171,8 +171,10 @@ COMMANDS = {
 }
 
 
-def build() -> Parser:
-    """The parser of the whole command line."""
+def build(words: Collection[str] | None = None) -> Parser:
+    """The parser of the whole command line, or of one that has these words: commands that are not among them
+    have no arguments then, since to make those takes longest.
+    """
     parser = Parser(
         prog="qvm-forward",
         description="Make a server in one qube reachable from the LAN or from other qubes.",
@@ -186,6 +188,8 @@ def build() -> Parser:
         command = commands.add_parser(name, aliases=aliases, help=text, description=text, epilog=epilog(name))
         # What stood before the command is not forgotten, and of two names the full one is known.
         command.set_defaults(command=name)
+        if words is not None and {name, *aliases}.isdisjoint(words):
+            continue
         _add(command, _GENERAL, default=argparse.SUPPRESS)
         _add(command, arguments)
     return parser
@@ -201,7 +205,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     Raises `SystemExit`.
     """
-    parser = build()
+    parser = build(argv)
     args, rest = parser.parse_known_args(argv)
     if rest:
         command = subcommands(parser)[args.command]

@@ -35,6 +35,8 @@ _COLOURS = {
 
 def escaped(untrusted_text: str) -> str:
     """Printable ASCII as it is, all else as an escape."""
+    if untrusted_text.isascii() and untrusted_text.isprintable():
+        return untrusted_text
     return "".join(
         c if " " <= c <= "~" else c.encode("unicode_escape", "surrogatepass").decode("ascii")
         for c in untrusted_text
