@@ -33,6 +33,8 @@ HALF_CLOSE_S = 900.0
 # How often to try a UNIX socket whose queue is full: of one that does not block, no event says that there is
 # room again.
 RETRY_S = 0.02
+# The first byte of TCP_INFO while a peer has not answered (linux/tcp.h, net/tcp_states.h).
+_SYN_SENT = 2
 # docs/behaviours.md, 17: what the kernel holds for a server in each direction (it doubles the number). On
 # loopback an answer takes less than a tenth of a millisecond, so this limits memory and not speed.
 BUFFER_BYTES = 131_072
@@ -109,7 +111,6 @@ def connect_to(address: ServerAddress, port: int, timeout_s: float) -> socket.so
         if not poll.poll(max(timeout_s, 0.001) * 1000):
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         check_answered(server, port)
-        prepare(server)
     except OSError:
         abort(server)
         raise
@@ -124,6 +125,7 @@ def new_socket(family: int) -> socket.socket:
     if family == socket.AF_UNIX:
         return sock
     abort_by_default(sock)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     notice_dead_peers(sock)
     keep_urgent_bytes(sock)
     # So that a server of this qube can still listen on the port that this connects from, if it sets the
@@ -147,6 +149,13 @@ def is_begun(sock: socket.socket, address: ServerAddress, port: int) -> bool:
     return True
 
 
+def has_answered(server: socket.socket) -> bool:
+    """Whether it is known by now what becomes of a connection that was begun. Raises OSError."""
+    if server.family == socket.AF_UNIX:
+        return True
+    return server.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _SYN_SENT
+
+
 def check_answered(server: socket.socket, port: int) -> None:
     """Raises OSError unless a server answered on ``port``; ConnectionResetError if it has aborted since.
 
@@ -160,12 +169,6 @@ def check_answered(server: socket.socket, port: int) -> None:
         server.recv(1, socket.MSG_PEEK)
     if server.family != socket.AF_UNIX and server.getsockname()[1] == port:
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-
-
-def prepare(server: socket.socket) -> None:
-    """Prepare a new connection to the server for relaying."""
-    if server.family != socket.AF_UNIX:
-        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def not_connected(port: int, timeout_s: float, trouble: OSError | None) -> ServiceError:

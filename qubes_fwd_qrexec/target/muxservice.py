@@ -9,7 +9,6 @@ says. Lease, revocation and signals are `callservice`'s.
 import errno
 import secrets
 import socket
-from collections.abc import Callable, Iterator
 
 from qubes_fwd_qrexec.common.allowance import Calls
 from qubes_fwd_qrexec.common.values import Proto, TargetPorts
@@ -17,7 +16,7 @@ from qubes_fwd_qrexec.mux import Connection, Hello, OpenReceived, ResetCode
 from qubes_fwd_qrexec.relay.budget import WINDOW_MAX_BYTES, Budget
 from qubes_fwd_qrexec.relay.copy import abort
 from qubes_fwd_qrexec.relay.leg import Leg
-from qubes_fwd_qrexec.relay.loop import WRITE, Loop, Timer
+from qubes_fwd_qrexec.relay.loop import Loop
 from qubes_fwd_qrexec.relay.mux import Mux
 from qubes_fwd_qrexec.system.bugs import Bugs
 from qubes_fwd_qrexec.system.outlet import Outlet
@@ -25,7 +24,7 @@ from qubes_fwd_qrexec.system.outlet import Outlet
 from .callnotes import Kind
 from .callservice import CallService, Lease, serve_call
 from .callstart import CallStart
-from .localserver import CONNECT_TIMEOUT_S, RETRY_S, check_answered, is_begun, new_socket, prepare
+from .connecting import Connecting
 from .permissionwatch import PermissionLike
 from .portions import own_budget
 from .proxyheader import header
@@ -34,6 +33,7 @@ from .servers import ServerAddress, Servers, ServersError
 _REFUSALS = {
     errno.ECONNREFUSED: ResetCode.REFUSED,
     errno.ETIMEDOUT: ResetCode.TIMEOUT,
+    errno.ECONNRESET: ResetCode.ABORTED,
     errno.EMFILE: ResetCode.OVER_LIMIT,
     errno.ENFILE: ResetCode.OVER_LIMIT,
 }
@@ -52,109 +52,36 @@ def serve(calls: Calls, start: CallStart, stdin: socket.socket, stdout: socket.s
     return serve_call(Kind.MUX, calls, start, make)
 
 
-class _Connecting:
+class _Opening(Connecting):
     """A stream that was asked for, until a server has answered."""
 
-    def __init__(self, mux: Mux, event: OpenReceived, servers: Servers, over: Callable[[int], None]) -> None:
-        self._mux = mux
+    def __init__(self, service: "MuxService", event: OpenReceived) -> None:
+        super().__init__(service.loop, event.port)
+        self._service = service
         self._event = event
-        self._servers = servers
-        self._over = over
-        self._addresses: Iterator[ServerAddress] = iter(())
-        self._retry: Timer | None = None
-        self._sock: socket.socket | None = None
-        self._refusal = ResetCode.UNREACHABLE
-        self._timer = mux.loop.after(CONNECT_TIMEOUT_S, self._too_late, self._fail)
-
-    def start(self) -> None:
-        try:
-            self._addresses = iter(self._servers.addresses(Proto.TCP, self._event.port))
-        except ServersError:
-            self._refuse(ResetCode.REFUSED)
-        else:
-            self._try_next()
-
-    def give_up(self) -> None:
-        """Stop connecting, without an answer to the peer: the stream is over."""
-        self._timer.cancel()
-        if self._retry is not None:
-            self._retry.cancel()
-        if self._sock is not None:
-            self._mux.loop.unwatch(self._sock.fileno())
-            abort(self._sock)
-            self._sock = None
-
-    def _try_next(self) -> None:
-        for address in self._addresses:
-            try:
-                sock = new_socket(address.family)
-            except OSError as error:
-                self._note(error.errno)
-                continue
-            try:
-                if not is_begun(sock, address, self._event.port):
-                    sock.close()
-                    self._addresses = iter((address,))
-                    self._retry = self._mux.loop.after(RETRY_S, self._try_next, self._fail)
-                    return
-                self._mux.loop.watch(sock.fileno(), WRITE, self._on_answer, self._fail)
-            except OSError as error:
-                sock.close()
-                self._note(error.errno)
-            else:
-                self._sock = sock
-                return
-        self._refuse(self._refusal)
-
-    def _on_answer(self, events: int) -> None:
-        sock = self._sock
-        if sock is None:
-            return
-        self._mux.loop.unwatch(sock.fileno())
-        self._sock = None
-        try:
-            check_answered(sock, self._event.port)
-            prepare(sock)
-        except ConnectionResetError:  # it was there, so no other is tried
-            abort(sock)
-            self._refuse(ResetCode.ABORTED)
-        except OSError as error:
-            abort(sock)
-            self._note(error.errno)
-            self._try_next()
-        else:
-            self._connected(sock)
 
     def _connected(self, sock: socket.socket) -> None:
-        self._timer.cancel()
-        self._over(self._event.stream_id)
-        leg = self._mux.accept(self._event.stream_id, sock)
+        event, mux = self._event, self._service.mux
+        self._service.answered(event.stream_id)
+        leg = mux.accept(event.stream_id, sock)
         if leg is None:
             abort(sock)
-        elif first := header(self._event.proxy, self._event.origin):
+        elif first := header(event.proxy, event.origin):
             _tell(leg, first)
 
-    def _note(self, error_number: int | None) -> None:
-        """Remember the first reason: that of 127.0.0.1 counts more than a missing ::1."""
-        if self._refusal is ResetCode.UNREACHABLE and error_number is not None:
-            self._refusal = _REFUSALS.get(error_number, ResetCode.UNREACHABLE)
+    def _not_connected(self, trouble: OSError) -> None:
+        self.refuse(_REFUSALS.get(trouble.errno or 0, ResetCode.UNREACHABLE))
 
-    def _too_late(self) -> None:
-        self.give_up()
-        self._refuse(ResetCode.TIMEOUT)
-
-    def _fail(self) -> None:
-        """A bug ends it."""
-        if (leg := self._mux.legs.get(self._event.stream_id)) is not None:
+    def fail(self) -> None:
+        if (leg := self._service.mux.legs.get(self._event.stream_id)) is not None:
             leg.fail()
         else:
             self.give_up()
-            self._refuse(ResetCode.INTERNAL)
+            self.refuse(ResetCode.INTERNAL)
 
-    def _refuse(self, code: ResetCode) -> None:
-        self._timer.cancel()
-        self._over(self._event.stream_id)
-        self._mux.refuse(self._event.stream_id, code)
+    def refuse(self, code: ResetCode) -> None:
+        self._service.answered(self._event.stream_id)
+        self._service.mux.refuse(self._event.stream_id, code)
 
 
 def _tell(leg: Leg, first: bytes) -> None:
@@ -182,8 +109,10 @@ class MuxService(CallService):
         budget: Budget | None = None,
     ) -> None:
         budget = budget or Budget()
-        self._connecting: dict[int, _Connecting] = {}
+        self._opening: dict[int, _Opening] = {}
         self._servers = Servers(Outlet().say)
+        self._places: dict[int, tuple[ServerAddress, ...]] = {}
+        self._placed_turn = 0
         hello = Hello(
             WINDOW_MAX_BYTES, secrets.token_bytes(16), max_streams=budget.streams_max, lease_s=lease.length_s
         )
@@ -195,31 +124,47 @@ class MuxService(CallService):
     @property
     def is_connecting(self) -> bool:
         """Whether a server has been asked that has not answered yet."""
-        return bool(self._connecting)
+        return bool(self._opening)
 
     @property
     def carries_any(self) -> bool:
-        return bool(self.mux.legs or self._connecting)
+        return bool(self.mux.legs or self._opening)
 
     # As the owner of the mux
 
     def open_requested(self, event: OpenReceived) -> None:
-        connecting = _Connecting(self.mux, event, self._servers, self._answered)
-        self._connecting[event.stream_id] = connecting
-        connecting.start()
+        opening = self._opening[event.stream_id] = _Opening(self, event)
+        try:
+            addresses = self._addresses(event.port)
+        except ServersError:
+            opening.refuse(ResetCode.REFUSED)
+        else:
+            opening.start(addresses)
 
     def open_abandoned(self, stream_id: int) -> None:
-        connecting = self._connecting.pop(stream_id, None)
-        if connecting is not None:
-            connecting.give_up()
+        opening = self._opening.pop(stream_id, None)
+        if opening is not None:
+            opening.give_up()
 
     def refused(self, leg: Leg, code: ResetCode) -> None:
         """Never called: this end opens no streams."""
 
     def _let_go(self) -> None:
-        for connecting in self._connecting.values():
-            connecting.give_up()
-        self._connecting.clear()
+        for opening in self._opening.values():
+            opening.give_up()
+        self._opening.clear()
 
-    def _answered(self, stream_id: int) -> None:
-        self._connecting.pop(stream_id, None)
+    # For the streams that are being opened
+
+    def answered(self, stream_id: int) -> None:
+        """A server has accepted it, or none will."""
+        self._opening.pop(stream_id, None)
+
+    def _addresses(self, port: int) -> tuple[ServerAddress, ...]:
+        """Where the server may be: looked up once for all streams of a turn. Raises `ServersError`."""
+        if self._placed_turn != self.loop.turn:
+            self._places.clear()
+            self._placed_turn = self.loop.turn
+        if port not in self._places:
+            self._places[port] = self._servers.addresses(Proto.TCP, port)
+        return self._places[port]

@@ -55,7 +55,6 @@ from .localserver import (
     is_begun,
     new_socket,
     not_connected,
-    prepare,
 )
 from .portions import VARIABLE, Portions
 from .revocation import LOOK, Permission, permitted
@@ -102,7 +101,6 @@ async def connect(
 async def _connect_to(address: ServerAddress, port: int) -> socket.socket:
     server = new_socket(address.family)
     try:
-        prepare(server)
         while not is_begun(server, address, port):  # noqa: ASYNC110 - there is no event for it
             await trio.sleep(RETRY_S)
         await trio.lowlevel.wait_writable(server)

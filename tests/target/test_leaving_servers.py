@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.values import TargetPorts
 from qubes_fwd_qrexec.mux import ProxyVersion, ResetCode
 from qubes_fwd_qrexec.relay.copy import abort, half_close
-from qubes_fwd_qrexec.target import localserver, muxservice, socketservice
+from qubes_fwd_qrexec.target import localserver, socketservice
 from qubes_fwd_qrexec.target.localserver import ServiceError
 
 Leave = Callable[[socket.socket], None]
@@ -78,40 +78,6 @@ LEAVES = pytest.mark.parametrize(
 )
 
 
-@LEAVES
-@pytest.mark.parametrize("proxy", [ProxyVersion.OFF, ProxyVersion.V1])
-def test_a_mux_calls_client_sees_what_it_would_directly(
-    server: socket.socket, leave: Leave, proxy: ProxyVersion
-) -> None:
-    port = port_of(server)
-    with no_fds_left(), ServiceBench(TargetPorts(port, port)) as bench:
-        client, _ = bench.connect(port, proxy)
-        bench.until(lambda: bench.service.is_connecting)
-        leave(server.accept()[0])
-        with client:
-            assert bench.read_to_end(client) == seen_directly(leave)
-            half_close(client)
-            bench.until(lambda: not bench.service.mux.legs and not bench.near.legs)
-
-
-def test_a_mux_calls_server_that_aborts_without_a_word_is_an_abort_and_no_other_is_tried(
-    server: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    port = port_of(server)
-    with no_fds_left(), ServiceBench(TargetPorts(port, port)) as bench:
-        client, leg = bench.connect(port)
-        bench.until(lambda: bench.service.is_connecting)
-        monkeypatch.setattr(muxservice, "new_socket", lambda _family: pytest.fail("another is tried"))
-        abort(server.accept()[0])
-        with client, leg.sock:
-            bench.until(lambda: bench.near_owner.refusals)
-            assert bench.near_owner.refusals == [(leg, ResetCode.ABORTED)]
-            assert not bench.service.is_connecting
-
-
-# A call for one connection, by each of its two programs
-
-
 @contextlib.contextmanager
 def leaving(
     monkeypatch: pytest.MonkeyPatch, module: ModuleType, server: socket.socket, leave: Leave
@@ -130,6 +96,42 @@ def leaving(
     with monkeypatch.context() as patch:
         patch.setattr(module.socket, "socket", Late)
         yield tried
+
+
+# Streams of a mux call
+
+
+@LEAVES
+@pytest.mark.parametrize("proxy", [ProxyVersion.OFF, ProxyVersion.V1])
+def test_a_mux_calls_client_sees_what_it_would_directly(
+    server: socket.socket, monkeypatch: pytest.MonkeyPatch, leave: Leave, proxy: ProxyVersion
+) -> None:
+    port = port_of(server)
+    with no_fds_left(), ServiceBench(TargetPorts(port, port)) as bench:
+        client, leg = bench.connect(port, proxy)
+        with client:
+            with leaving(monkeypatch, localserver, server, leave):
+                bench.until(lambda: leg.is_joined)
+            assert bench.read_to_end(client) == seen_directly(leave)
+            half_close(client)
+            bench.until(lambda: not bench.service.mux.legs and not bench.near.legs)
+
+
+def test_a_mux_calls_server_that_aborts_without_a_word_is_an_abort_and_no_other_is_tried(
+    server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = port_of(server)
+    with no_fds_left(), ServiceBench(TargetPorts(port, port)) as bench:
+        client, leg = bench.connect(port)
+        with client, leg.sock:
+            with leaving(monkeypatch, localserver, server, abort) as tried:
+                bench.until(lambda: bench.near_owner.refusals)
+            assert bench.near_owner.refusals == [(leg, ResetCode.ABORTED)]
+            assert tried == [socket.AF_INET]
+            assert not bench.service.is_connecting
+
+
+# A call for one connection, by each of its two programs
 
 
 @LEAVES

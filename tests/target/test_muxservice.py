@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.mux import Origin, ProxyVersion, ResetCode
 from qubes_fwd_qrexec.relay.copy import abort, half_close
 from qubes_fwd_qrexec.relay.leg_end import LegEnd
 from qubes_fwd_qrexec.relay.socketbuffers import START_BYTES
-from qubes_fwd_qrexec.target import muxservice
+from qubes_fwd_qrexec.target import connecting, muxservice
 from qubes_fwd_qrexec.target.proxyheader import header
 
 
@@ -114,24 +114,28 @@ def test_without_a_free_socket_the_stream_is_refused(
     def refuse(_family: int) -> socket.socket:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(muxservice, "new_socket", refuse)
+    monkeypatch.setattr(connecting, "new_socket", refuse)
     assert bench.refusal(port_of(server)) is code
 
 
-def test_a_socket_that_cannot_be_watched_is_a_refusal(
+def test_a_socket_that_cannot_be_watched_is_an_abort(
     bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "too many")
 
-    monkeypatch.setattr(bench.service.loop, "watch", refuse)
-    assert bench.refusal(port_of(server)) is ResetCode.UNREACHABLE
+    monkeypatch.setattr(bench.service.loop, "watch_for", refuse)
+    client, leg = bench.connect(port_of(server))
+    with client, bench.accept(server) as far:
+        bench.until(lambda: leg.ended is LegEnd.REMOTE_RESET)
+        assert bench.is_aborted(client)
+        assert bench.is_aborted(far)
 
 
 def test_a_port_that_nobody_listens_on_never_answers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     with listening_socket() as sock:
         port = port_of(sock)
-    real = muxservice.new_socket
+    real = connecting.new_socket
 
     def unlucky(family: int) -> socket.socket:
         sock = real(family)
@@ -139,7 +143,7 @@ def test_a_port_that_nobody_listens_on_never_answers_itself(monkeypatch: pytest.
             sock.bind(("127.0.0.1", port))
         return sock
 
-    monkeypatch.setattr(muxservice, "new_socket", unlucky)
+    monkeypatch.setattr(connecting, "new_socket", unlucky)
     with ServiceBench(TargetPorts(port, port)) as bench:
         assert bench.refusal(port) is ResetCode.REFUSED
 

@@ -11,6 +11,7 @@ from service_bench import ServiceBench, full_server
 from qubes_fwd_qrexec.common.values import TargetPorts
 from qubes_fwd_qrexec.mux import GoawayCode
 from qubes_fwd_qrexec.relay.leg_end import LegEnd
+from qubes_fwd_qrexec.target import connecting
 from qubes_fwd_qrexec.target.callservice import LEASE_S
 
 
@@ -155,10 +156,11 @@ def test_the_lease_of_a_finished_mux_call_can_end_without_harm(bench: ServiceBen
 
 
 def test_taken_back_by_dom0_every_stream_is_aborted_and_no_server_is_asked(
-    bench: ServiceBench, server: socket.socket
+    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, _ = bench.connect(port_of(server))
     with client, bench.accept(server) as far:
+        monkeypatch.setattr(connecting, "has_answered", lambda _: False)
         waiting, leg = bench.connect(port_of(server))
         bench.until(lambda: bench.service.is_connecting)
         bench.service.revoke()
