@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The lab in a process of its own: its broker stands in for Qubes' qrexec, equally for every peer.
 
-``python -m bench.labprocess DIRECTORY PORT KNOBS`` allows sys-net to reach one port of work, by the stock
+``python -m bench.labprocess DIRECTORY PORTS KNOBS`` allows sys-net to reach ports of work, by the stock
 service, by ours, and by one that is for UDP what the stock one is for TCP. It says in one line how to call
 and runs until its stdin ends. KNOBS is a JSON object.
 """
@@ -33,8 +33,8 @@ def policy(port: int) -> str:
     return "".join(f"{service} {SOURCE} {TARGET} allow\n" for service in services)
 
 
-async def _run(directory: str, port: int, knobs: dict[str, int]) -> None:
-    async with open_lab(directory, policy=policy(port)) as lab:
+async def _run(directory: str, ports: list[int], knobs: dict[str, int]) -> None:
+    async with open_lab(directory, policy="".join(map(policy, ports))) as lab:
         lab.turn(**knobs)
         place = lab.directory.qube_dir(TARGET)
         write_text(place.service_dirs[-1] / CONNECT_UDP, _CONNECT_UDP, mode=0o755)
@@ -50,7 +50,7 @@ async def _run(directory: str, port: int, knobs: dict[str, int]) -> None:
 
 def main() -> None:
     raise_descriptor_limit()
-    trio.run(_run, sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]))
+    trio.run(_run, sys.argv[1], [int(port) for port in sys.argv[2].split(",")], json.loads(sys.argv[3]))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ class LoadError(Exception):
     """A connection failed where none should."""
 
 
-def connect(address: Address) -> socket.socket:
-    sock = socket.create_connection(address, ANSWER_S)
+def connect(address: Address, source: str = "") -> socket.socket:
+    sock = socket.create_connection(address, ANSWER_S, (source, 0))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 
@@ -215,11 +215,11 @@ def datagrams(address: Address, count: int) -> dict[str, Any]:
 _held: list[socket.socket] = []
 
 
-def hold(address: Address, count: int, limit_s: float, moved: int = 0) -> dict[str, Any]:
+def hold(address: Address, count: int, limit_s: float, moved: int = 0, addresses: int = 0) -> dict[str, Any]:
     """Open connections and keep them, until one fails, ``count`` are open or ``limit_s`` is over.
 
-    Each moves ``moved`` bytes each way first. ``opened`` got their echo when new, ``alive`` got one more when
-    all were open.
+    They come from so many ``addresses``, if any, and each moves ``moved`` bytes each way first. ``opened``
+    got their echo when new, ``alive`` got one more when all were open.
     """
     deadline = time.monotonic() + limit_s
     failure = f"none up to {count}, where the bench stops"
@@ -228,7 +228,7 @@ def hold(address: Address, count: int, limit_s: float, moved: int = 0) -> dict[s
             failure = f"none within {limit_s:g} s, where the bench stops"
             break
         try:
-            sock = connect(address)
+            sock = connect(address, _source(len(_held) % addresses) if addresses else "")
         except OSError as error:
             failure = str(error)
             break
@@ -250,6 +250,11 @@ def hold(address: Address, count: int, limit_s: float, moved: int = 0) -> dict[s
         except (OSError, LoadError):
             continue
     return {"opened": len(_held), "alive": alive, "failure": failure}
+
+
+def _source(place: int) -> str:
+    """One of many addresses of loopback."""
+    return f"127.1.{place >> 8}.{place & 255}"
 
 
 def release() -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Peer:
 
     def start(self) -> None:
         """Start, and wait until a byte is echoed. Raises `BenchError`."""
-        port = _free_port()
+        port = free_port()
         command = self.command(port)
         if command is not None:
             self.address = (_HOST, port)
@@ -191,7 +191,8 @@ def usable(names: Sequence[str]) -> list[type[Peer]]:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody has just now."""
     with socket.create_server((_HOST, 0)) as sock:
         port: int = sock.getsockname()[1]
         return port

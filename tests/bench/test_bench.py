@@ -104,6 +104,29 @@ def test_a_crowd_is_measured_beside_and_compared_with_alone(tmp_path: Path) -> N
     assert all(found_line["values"]["direct"] > 0 for found_line in row["lines"])
 
 
+def test_connections_that_wait_are_held_over_several_calls_and_alive_in_the_end(tmp_path: Path) -> None:
+    before = set(descendants([os.getpid()]))
+    found = run_bench("held", "--count", "30", "--idle", "0.1", "--json", str(tmp_path / "held.json"))
+    assert found.returncode == 0, found.stderr
+    document = json.loads((tmp_path / "held.json").read_text(encoding="utf-8"))
+    assert document["reason"] is None
+    assert [(step["held"], step["alive"], step["calls"]) for step in document["steps"]] == [
+        (10, 10, 2),
+        (30, 30, 2),
+    ]
+    assert document["steps"][-1]["listener_kib"] > 0
+    assert set(descendants([os.getpid()])) <= before
+
+
+def test_a_bench_that_may_not_open_so_many_files_says_so_and_holds_what_it_may(tmp_path: Path) -> None:
+    few = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 1000))"
+    script = f"{few}; from bench.held import room; print(*room(1 << 30), sep='|')"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    most, _, reason = found.stdout.strip().partition("|")
+    assert (most, reason.split(":")[0]) == ("750", "750 and not 1073741824")
+    assert "a process may have 1000 open files" in reason
+
+
 @pytest.mark.skipif(road.why_unavailable() is not None, reason=str(road.why_unavailable()))
 def test_forwards_by_nft_are_measured_beside_the_other_ways(tmp_path: Path) -> None:
     before = set(descendants([os.getpid()]))
