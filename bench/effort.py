@@ -19,6 +19,10 @@ class Effort:
     bulk_bytes: int
     processor_bytes: int
     processor_connections: int
+    streams_bytes: int
+    payload_round_trips: int
+    fair_round_trips: int
+    stalled: int
     memory_rounds: int
     memory_connections: int
     hold_max: int
@@ -40,6 +44,10 @@ FULL = Effort(
     bulk_bytes=256 * _MIB,
     processor_bytes=128 * _MIB,
     processor_connections=200,
+    streams_bytes=64 * _MIB,
+    payload_round_trips=200,
+    fair_round_trips=500,
+    stalled=63,
     memory_rounds=3,
     memory_connections=100,
     hold_max=10_000,
@@ -59,6 +67,10 @@ QUICK = Effort(
     bulk_bytes=32 * _MIB,
     processor_bytes=32 * _MIB,
     processor_connections=50,
+    streams_bytes=16 * _MIB,
+    payload_round_trips=50,
+    fair_round_trips=100,
+    stalled=63,
     memory_rounds=1,
     memory_connections=100,
     hold_max=200,

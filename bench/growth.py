@@ -17,7 +17,7 @@ from pathlib import Path
 from . import machine
 from .heldrows import bulk_rate, hold_crowd
 from .memory import footprint, pss_kib
-from .peers import PEERS, Call, Direct, MuxCall, Peer, Socat
+from .peers import USUAL, Call, Direct, MuxCall, Peer, Socat
 from .processes import BenchError
 from .rows import CLIENTS
 from .stage import Stage, open_stage
@@ -164,7 +164,7 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     facts = machine.describe()
     found: list[Step] = []
-    for kind in PEERS:
+    for kind in USUAL:
         if (missing := kind.missing()) is not None:
             print(f"{missing}; measured without it", file=sys.stderr)
             continue

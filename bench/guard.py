@@ -15,7 +15,7 @@ from pathlib import Path
 from . import machine, record
 from .effort import GUARD
 from .lines import Line
-from .peers import COMPARED, PEERS, usable
+from .peers import COMPARED, USUAL, usable
 from .processes import BenchError
 from .record import Record
 from .rows import ROWS
@@ -101,7 +101,7 @@ def measure(rows: Sequence[str]) -> Record:
     """Raises `BenchError`."""
     facts = machine.describe()
     results = {}
-    with open_stage(usable([peer.name for peer in PEERS])) as stage:
+    with open_stage(usable([peer.name for peer in USUAL])) as stage:
         for row in rows:
             print(f"measuring {row} ...", file=sys.stderr)
             results[row] = ROWS[row](stage, GUARD)

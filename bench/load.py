@@ -8,6 +8,7 @@ connection that does not answer in time is a failure, not a wait.
 import json
 import select
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,9 @@ ANSWER_S = 5.0
 _CHUNK = bytes(1 << 18)
 _BUFFER = bytearray(1 << 20)
 _DATAGRAM_BYTES, _WINDOW = 64, 32
+_ENDLESS = (1 << 40).to_bytes(LENGTH_BYTES, "big")
+# By then all that holds bytes between server and client is full.
+_FILLED_S = 0.3
 
 
 class LoadError(Exception):
@@ -38,7 +42,7 @@ def connect(address: Address, source: str = "") -> socket.socket:
 
 def echo(sock: socket.socket, data: bytes = ECHO) -> None:
     """Bytes there and back. Raises OSError or `LoadError`."""
-    sock.send(data)
+    sock.sendall(data)
     left = len(data)
     while left:
         count = len(sock.recv(left))
@@ -58,23 +62,34 @@ def _finish(sock: socket.socket) -> None:
 _begun: list[socket.socket] = []
 
 
-def begin(address: Address) -> dict[str, Any]:
-    """Open the connection that later orders use if they name no address; it has moved a byte."""
-    sock = connect(address)
-    _upload(sock, 1)
-    _begun.append(sock)
+def begin(address: Address, count: int = 1) -> dict[str, Any]:
+    """Open the connections of later orders that name no address. Each has moved a byte."""
+    for _ in range(count):
+        _begun.append(sock := connect(address))
+        _upload(sock, 1)
     return {}
 
 
 def finish() -> dict[str, Any]:
     """End what `begin` has opened."""
-    _finish(_begun.pop())
+    while _begun:
+        _finish(_begun.pop())
     return {}
+
+
+def abort() -> dict[str, Any]:
+    """Abort what `begin` has opened, whatever is under way; ``moved`` is in bytes."""
+    moved = sum(each.moved for each in _floods)
+    _floods.clear()
+    while _begun:
+        with _begun.pop() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return {"moved": moved}
 
 
 @contextmanager
 def _stream(address: Address | None) -> Iterator[socket.socket]:
-    """A connection of its own, or the one that was begun."""
+    """A connection of its own, or the last that was begun."""
     if address is None:
         yield _begun[-1]
         return
@@ -193,6 +208,82 @@ def _download(sock: socket.socket, size: int) -> None:
         size -= count
 
 
+def transfer(way: str, size: int) -> dict[str, Any]:
+    """``size`` bytes over all connections that were begun, at once: until the last is where it belongs.
+
+    The way is "upload" or "download".
+    """
+    each = size // len(_begun)
+    head = (UPLOAD if way == "upload" else DOWNLOAD) + each.to_bytes(LENGTH_BYTES, "big")
+    begun = time.perf_counter()
+    with select.epoll() as epoll:
+        live = {sock.fileno(): sock for sock in _begun}
+        left = dict.fromkeys(live, each)
+        for fd, sock in live.items():
+            sock.sendall(head)
+            sock.setblocking(False)
+            epoll.register(fd, select.EPOLLOUT if way == "upload" else select.EPOLLIN)
+        while live:
+            events = epoll.poll(ANSWER_S)
+            if not events:
+                raise LoadError(f"nothing moved for {ANSWER_S:g} s")
+            for fd, _ in events:
+                if _is_moved(epoll, live[fd], left, way):
+                    epoll.unregister(fd)
+                    live.pop(fd).settimeout(ANSWER_S)
+    return {"seconds": time.perf_counter() - begun}
+
+
+def _is_moved(epoll: select.epoll, sock: socket.socket, left: dict[int, int], way: str) -> bool:
+    """Move some; returns whether that was the last of it, which an upload's server acknowledges."""
+    fd = sock.fileno()
+    if way == "upload" and left[fd]:
+        left[fd] -= sock.send(memoryview(_CHUNK)[: min(left[fd], len(_CHUNK))])
+        if not left[fd]:
+            epoll.modify(fd, select.EPOLLIN)
+        return False
+    count = sock.recv_into(_BUFFER)
+    if not count:
+        raise LoadError("a transfer ended early")
+    left[fd] -= count
+    return left[fd] <= 0
+
+
+class _Flood:
+    """What moves on a connection while no order is obeyed."""
+
+    def __init__(self, sock: socket.socket, way: str) -> None:
+        self._sock = sock
+        self._is_upload = way == "upload"
+        self.moved = 0
+
+    def move(self) -> None:
+        """Some more. Raises OSError or `LoadError`."""
+        count = self._sock.send(_CHUNK) if self._is_upload else self._sock.recv_into(_BUFFER)
+        if not count:
+            raise LoadError("a flood ended")
+        self.moved += count
+
+
+_floods: list[_Flood] = []
+
+
+def flood(way: str) -> dict[str, Any]:
+    """Move bytes on what was begun for ever, or until `abort`, which tells how many they were."""
+    for sock in _begun:
+        sock.sendall((UPLOAD if way == "upload" else DOWNLOAD) + _ENDLESS)
+        _floods.append(_Flood(sock, way))
+    return {}
+
+
+def stall() -> dict[str, Any]:
+    """Have the server send for ever on what was begun, which nobody reads; only `abort` ends it."""
+    for sock in _begun:
+        sock.sendall(DOWNLOAD + _ENDLESS)
+    time.sleep(_FILLED_S)
+    return {}
+
+
 def datagrams(address: Address, count: int) -> dict[str, Any]:
     """So many datagrams of 64 bytes, of which every 32nd is answered, and the answer waited for.
 
@@ -267,7 +358,8 @@ def release() -> dict[str, Any]:
 ORDERS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
     for function in (
-        *(begin, finish, connections, many, round_trips, upload, download, datagrams, hold, release),
+        *(connections, many, round_trips, upload, download, datagrams, hold, release),
+        *(begin, finish, abort, transfer, flood, stall),
     )
 }
 
@@ -283,6 +375,17 @@ def main() -> None:
         except (OSError, LoadError) as error:
             answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)
+        _keep_moving()
+
+
+def _keep_moving() -> None:
+    """Until the next order waits."""
+    try:
+        while _floods and not select.select([sys.stdin], [], [], 0)[0]:
+            for each in _floods:
+                each.move()
+    except (OSError, LoadError) as error:
+        print(f"a flood failed: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

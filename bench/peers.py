@@ -50,6 +50,8 @@ class Peer:
 
     name: ClassVar[str]
     title: ClassVar[str]
+    # Whether each connection is a call, of which a qube has room for 30.
+    is_call_each: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -109,6 +111,7 @@ class Direct(Peer):
 class Socat(Peer):
     """The loop of qvm-connect-tcp (qubes-core-agent-linux network/qvm-connect-tcp), bound to loopback."""
 
+    is_call_each = True
     name = "socat"
     title = "socat"
 
@@ -157,10 +160,19 @@ class ListenerPeer(Peer):
 class Call(ListenerPeer):
     """Transport `call` to the same stock service that socat calls."""
 
+    is_call_each = True
     name = "call"
     title = "call"
     service = Service.CONNECT_TCP
     transport = Transport.CALL
+
+
+class CallOurs(Call):
+    """Transport `call` to our own service, which says how each connection ended."""
+
+    name = "call-ours"
+    title = "call, our service"
+    service = Service.FORWARD_TCP
 
 
 class MuxCall(ListenerPeer):
@@ -173,10 +185,12 @@ class MuxCall(ListenerPeer):
 
 
 # The order of the table's columns.
-PEERS: tuple[type[Peer], ...] = (Direct, Socat, Call, MuxCall)
+PEERS: tuple[type[Peer], ...] = (Direct, Socat, Call, CallOurs, MuxCall)
+# Those that are measured where each takes long.
+USUAL: tuple[type[Peer], ...] = (Direct, Socat, Call, MuxCall)
 BASE = Socat.name
 # The columns of ratios: which peer, compared with which.
-COMPARED = ((Call, Socat), (MuxCall, Socat), (MuxCall, Call))
+COMPARED = ((Call, Socat), (CallOurs, Call), (MuxCall, Socat), (MuxCall, Call))
 
 
 def usable(names: Sequence[str]) -> list[type[Peer]]:

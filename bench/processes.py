@@ -57,16 +57,20 @@ class Child:
 
     def ask(self, order: Mapping[str, Any], within_s: float) -> dict[str, Any]:
         """Send one order and read its answer. Raises `BenchError`, also when the answer is an error."""
+        self.send(order)
+        answer = self.answer(within_s)
+        if "error" in answer:
+            raise BenchError(str(answer["error"]))
+        return answer
+
+    def send(self, order: Mapping[str, Any]) -> None:
+        """Send one order; `answer` is due for it. Raises `BenchError`."""
         if self._process.stdin is None:
             raise BenchError(f"{self.name}: takes no orders")
         try:
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
         except OSError as error:
             raise self.failure("takes no order") from error
-        answer = self.answer(within_s)
-        if "error" in answer:
-            raise BenchError(str(answer["error"]))
-        return answer
 
     def answer(self, within_s: float) -> dict[str, Any]:
         """The next line of its output. Raises `BenchError`."""

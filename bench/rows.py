@@ -14,6 +14,7 @@ from .lines import Line, Result, Staged, collect, p99
 from .peers import Peer
 from .processor import Usage
 from .stage import Stage
+from .streamrows import fair, payload, streams
 
 CLIENTS = 16
 _MIB = 1 << 20
@@ -122,10 +123,10 @@ def processor(stage: Stage, effort: Effort) -> Result:
     """
 
     def transfer(order: str) -> Callable[[Peer], Usage]:
-        return lambda peer: stage.meter(peer, order, size=effort.processor_bytes)
+        return lambda peer: stage.meter(peer, order, size=effort.processor_bytes)[1]
 
     def round_trips(peer: Peer) -> Usage:
-        return stage.meter(peer, "round_trips", count=effort.round_trips)
+        return stage.meter(peer, "round_trips", count=effort.round_trips)[1]
 
     def connections(peer: Peer) -> Usage:
         before, count = stage.usage(peer), effort.processor_connections
@@ -159,6 +160,9 @@ ROWS: dict[str, Measure] = {
     "round-trip": round_trip,
     "bulk": bulk,
     "processor": processor,
+    "payload": payload,
+    "streams": streams,
+    "fair": fair,
     "crowd": crowd,
     "memory": memory,
     "held": held,

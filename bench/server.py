@@ -25,11 +25,13 @@ _BUFFER_BYTES = 1 << 20
 
 
 class _Connection:
-    __slots__ = ("head", "sock", "to_read", "to_send")
+    __slots__ = ("head", "rest", "sock", "to_read", "to_send")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.head = b""
+        # Of an echo, what the socket has not taken yet. Nothing is read meanwhile.
+        self.rest = b""
         self.to_read = 0
         self.to_send = 0
 
@@ -84,6 +86,8 @@ class Server:
         try:
             if connection.to_send:
                 self._send(connection)
+            elif connection.rest:
+                self._echo(connection, connection.rest)
             else:
                 self._receive(connection)
         except BlockingIOError:
@@ -103,7 +107,7 @@ class Server:
         elif connection.to_read:
             self._take(connection, count)
         elif connection.head == ECHO:
-            self._echo(connection, count)
+            self._echo(connection, self._buffer[:count])
         else:
             self._begin(connection, bytes(self._buffer[:count]))
 
@@ -112,7 +116,7 @@ class Server:
         connection.head += data
         if connection.head.startswith(ECHO):
             connection.head = ECHO
-            self._echo(connection, len(data))
+            self._echo(connection, data)
             return
         what, length = connection.head[:1], connection.head[1 : 1 + LENGTH_BYTES]
         rest = connection.head[1 + LENGTH_BYTES :]
@@ -133,10 +137,12 @@ class Server:
         if not connection.to_read:
             connection.sock.send(UPLOAD)
 
-    def _echo(self, connection: _Connection, count: int) -> None:
-        """What does not go out at once is nothing that the bench sends."""
-        if connection.sock.send(self._buffer[:count]) != count:
-            self._close(connection)
+    def _echo(self, connection: _Connection, data: bytes | memoryview) -> None:
+        was_waiting = bool(connection.rest)
+        connection.rest = bytes(memoryview(data)[connection.sock.send(data) :])
+        if was_waiting != bool(connection.rest):
+            events = select.EPOLLOUT if connection.rest else select.EPOLLIN
+            self._epoll.modify(connection.sock.fileno(), events)
 
     def _close(self, connection: _Connection) -> None:
         del self._connections[connection.sock.fileno()]

@@ -13,11 +13,12 @@ from typing import Any
 from .load import ANSWER_S
 from .memory import descendants, members, open_files
 from .peers import Peer, Setting
-from .processes import Child
+from .processes import BenchError, Child
 from .processor import Usage, usage
 
 _READY_S = 60.0
 _SETTLE_S = 10.0
+_BEGIN_S = 30.0
 _LOOK_S = 0.005
 # When nothing has changed for so long, all is up and at rest.
 _STILL_S = 0.5
@@ -32,8 +33,10 @@ class Stage:
     client_program: str
     lab: dict[str, Any]
     _load: Child
+    _other_load: Child
     _server_pid: int
     _files_at_rest: int = 0
+    _is_beside: bool = False
 
     def ask(self, peer: Peer, order: str, within_s: float = 120.0, **details: Any) -> dict[str, Any]:
         """Have the load measure a peer; then wait until the peer's work for it is done.
@@ -47,19 +50,42 @@ class Stage:
             if order != "hold":
                 self.settle()
 
-    def meter(self, peer: Peer, order: str, within_s: float = 120.0, **details: Any) -> Usage:
-        """Have the load measure on a connection that is open: the processor time of that alone.
+    def meter(
+        self, peer: Peer, order: str, connections: int = 1, within_s: float = 120.0, **details: Any
+    ) -> tuple[dict[str, Any], Usage]:
+        """Have the load measure on open connections: its answer, and the processor time of that alone.
 
         Raises `BenchError`.
         """
-        self._load.ask({"order": "begin", "address": peer.address}, within_s)
         try:
+            self._load.ask({"order": "begin", "address": peer.address, "count": connections}, within_s)
             before = self.usage(peer)
-            self._load.ask({"order": order, **details}, within_s)
-            return self.usage(peer).since(before)
-        finally:
+            answer = self._load.ask({"order": order, **details}, within_s)
+            used = self.usage(peer).since(before)
             self._load.ask({"order": "finish"}, within_s)
+        finally:
+            self._load.ask({"order": "abort"}, within_s)
             self.settle()
+        return answer, used
+
+    @contextmanager
+    def beside(self, peer: Peer, order: str, connections: int = 1, **details: Any) -> Iterator[None]:
+        """What is asked in the block is beside another load's connections, which obey an order until its end.
+
+        Raises `BenchError`.
+        """
+        try:
+            begin = {"order": "begin", "address": peer.address, "count": connections}
+            self._other_load.ask(begin, _BEGIN_S)
+            self._other_load.ask({"order": order, **details}, _BEGIN_S)
+            self._is_beside = True
+            yield
+        finally:
+            self._is_beside = False
+            moved = self._other_load.ask({"order": "abort"}, ANSWER_S)["moved"]
+            self.settle()
+        if order == "flood" and not moved:
+            raise BenchError(f"{peer.name}: nothing moved beside")
 
     def usage(self, peer: Peer) -> Usage:
         """The processor time until now of all that carries a peer's connections."""
@@ -80,7 +106,8 @@ class Stage:
         A connection is open files in processes, some of its own. How many there are at rest was counted
         when all was up: a mux call stays, with its call and its service.
         """
-        self._look_until(lambda: self._open_files() <= self._files_at_rest)
+        if not self._is_beside:
+            self._look_until(lambda: self._open_files() <= self._files_at_rest)
 
     def count_at_rest(self) -> None:
         """Wait until nothing changes any more. From now on `settle` waits for this state."""
@@ -118,7 +145,7 @@ def open_stage(kinds: Sequence[type[Peer]], **knobs: int) -> Iterator[Stage]:
             return child
 
         server = start("bench.server")
-        load = start("bench.load")
+        load, other_load = start("bench.load"), start("bench.load")
         port = int(server.answer(_READY_S)["port"])
         broker = start("bench.labprocess", str(directory / "lab"), str(port), json.dumps(knobs))
         lab = broker.answer(_READY_S)
@@ -129,6 +156,6 @@ def open_stage(kinds: Sequence[type[Peer]], **knobs: int) -> Iterator[Stage]:
             undo.callback(peer.stop)
             peer.start()
             peers.append(peer)
-        stage = Stage(tuple(peers), broker.pid, lab["client"][0], lab, load, server.pid)
+        stage = Stage(tuple(peers), broker.pid, lab["client"][0], lab, load, other_load, server.pid)
         stage.count_at_rest()
         yield stage

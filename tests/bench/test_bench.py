@@ -6,14 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from bench import road
+from bench import load, record, road
 from bench.lines import Line, p99
 from bench.memory import descendants, pss_kib
-from bench.peers import PEERS
+from bench.peers import PEERS, USUAL
 from bench.table import number, ratio, render
 from bench.udpways import usable
 from bench.ways import WAYS
@@ -71,7 +72,7 @@ def test_a_ratio_above_one_is_better_whatever_the_unit() -> None:
 
 
 def test_a_table_has_a_column_for_each_peer_and_a_dash_for_what_was_not_measured() -> None:
-    header, rule, row = render([line(socat=10, call=4, mux=1)], PEERS).splitlines()
+    header, rule, row = render([line(socat=10, call=4, mux=1)], USUAL).splitlines()
     assert len(header) == len(rule) == len(row)
     assert row.replace(" ", "") == "|title|-|10ms|4ms|1ms|2.50x|10.00x|4.00x|"
 
@@ -125,6 +126,38 @@ def test_a_bench_that_may_not_open_so_many_files_says_so_and_holds_what_it_may(t
     most, _, reason = found.stdout.strip().partition("|")
     assert (most, reason.split(":")[0]) == ("750", "750 and not 1073741824")
     assert "a process may have 1000 open files" in reason
+
+
+def test_payloads_streams_and_fairness_are_measured_with_and_without_us(tmp_path: Path) -> None:
+    before = set(descendants([os.getpid()]))
+    file = tmp_path / "numbers.json"
+    found = run_bench(
+        "--quick", "--rows", "payload,streams,fair", "--peers", "direct,mux", "--json", str(file)
+    )
+    assert found.returncode == 0, found.stderr
+    for result in record.read(file).results.values():
+        assert result.notes == []
+        assert all(set(line.values) == {"direct", "mux"} for line in result.lines)
+        assert all(line.values["mux"] > 0 for line in result.lines)
+    assert set(descendants([os.getpid()])) <= before
+
+
+@pytest.mark.parametrize("payload", [1, 3_000_000])
+def test_the_server_echoes_also_what_its_socket_does_not_take_at_once(payload: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "bench.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as server:
+        assert server.stdout
+        address = ("127.0.0.1", int(json.loads(server.stdout.readline())["port"]))
+        with load.connect(address) as sock, ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(sock.sendall, load.ECHO * payload)
+            received = 0
+            while received < payload:
+                data = sock.recv(1 << 16)
+                assert data
+                received += len(data)
+            sending.result(LIMIT_S)
+        server.communicate(timeout=LIMIT_S)
 
 
 @pytest.mark.skipif(road.why_unavailable() is not None, reason=str(road.why_unavailable()))
