@@ -7,14 +7,17 @@ that one the connection that has been idle for longest. Nobody makes room for a 
 """
 
 import itertools
-from collections.abc import Iterator
-from ipaddress import IPv4Address, IPv6Address
+from collections.abc import Iterable, Iterator
+from ipaddress import IPv6Address
 from typing import Generic, Protocol, TypeVar
 
 from qubes_fwd_qrexec.common.values import IPAddress
 
-Network = IPv4Address | int
-"""An IPv4 address, or the upper 64 bits of an IPv6 one."""
+Host = int | IPv6Address
+"""What an address is counted by. An IPv4 address is a number here, which is found ten times as fast."""
+
+Network = int
+"""An IPv4 address; or the upper 64 bits of an IPv6 address, and these are below 0."""
 
 _K = TypeVar("_K")
 
@@ -37,18 +40,23 @@ class Member(Protocol):
         """End it now: the client sees RST."""
 
 
+def client_key(client: IPAddress) -> tuple[Network, Host]:
+    """What a client is counted by, the widest first."""
+    if isinstance(client, IPv6Address):
+        return -1 - (int(client) >> 64), client
+    number = int(client)
+    return number, number
+
+
 def network(client: IPAddress) -> Network:
     """The network that an address counts towards."""
-    return int(client) >> 64 if isinstance(client, IPv6Address) else client
-
-
-def client_key(client: IPAddress) -> tuple[Network, IPAddress]:
-    """What a client is counted by, the widest first."""
-    return network(client), client
+    return client_key(client)[0]
 
 
 class _Ranking(Generic[_K]):
     """Numbers by key, which change by one; finding the largest takes constant time."""
+
+    __slots__ = ("_keys", "_largest", "numbers")
 
     def __init__(self) -> None:
         self.numbers: dict[_K, int] = {}
@@ -89,16 +97,17 @@ class Crowd:
     """The connections of one forward, by network and address."""
 
     def __init__(self) -> None:
-        self._members: dict[IPAddress, dict[Member, None]] = {}
+        self._members: dict[Host, dict[Member, None]] = {}
         self._networks: _Ranking[Network] = _Ranking()
-        self._addresses: dict[Network, _Ranking[IPAddress]] = {}
+        # Of IPv6 networks; an IPv4 address is a network by itself.
+        self._hosts: dict[Network, _Ranking[Host]] = {}
 
     def __iter__(self) -> Iterator[Member]:
         for members in self._members.values():
             yield from members
 
     def __contains__(self, member: Member) -> bool:
-        return member in self._members.get(member.client, ())
+        return member in self._members.get(client_key(member.client)[1], ())
 
     @property
     def clients(self) -> int:
@@ -107,7 +116,7 @@ class Crowd:
 
     def held_by(self, client: IPAddress) -> int:
         """How many connections an address has."""
-        return len(self._members.get(client, ()))
+        return len(self._members.get(client_key(client)[1], ()))
 
     def held_in(self, client: IPAddress) -> int:
         """How many connections the network of an address has."""
@@ -115,23 +124,26 @@ class Crowd:
 
     def add(self, member: Member) -> None:
         """Count a connection."""
-        client, key = member.client, network(member.client)
-        self._members.setdefault(client, {})[member] = None
+        key, host = client_key(member.client)
+        self._members.setdefault(host, {})[member] = None
         self._networks.change(key, 1)
-        self._addresses.setdefault(key, _Ranking()).change(client, 1)
+        if key < 0:
+            self._hosts.setdefault(key, _Ranking()).change(host, 1)
 
     def discard(self, member: Member) -> bool:
         """Stop counting a connection. Returns whether it was counted."""
-        client, key = member.client, network(member.client)
-        if member not in self:
+        key, host = client_key(member.client)
+        members = self._members.get(host, {})
+        if member not in members:
             return False
-        del self._members[client][member]
-        if not self._members[client]:
-            del self._members[client]
+        del members[member]
+        if not members:
+            del self._members[host]
         self._networks.change(key, -1)
-        self._addresses[key].change(client, -1)
-        if not self._addresses[key].numbers:
-            del self._addresses[key]
+        if key < 0:
+            self._hosts[key].change(host, -1)
+            if not self._hosts[key].numbers:
+                del self._hosts[key]
         return True
 
     def idlest(self) -> Member | None:
@@ -142,13 +154,13 @@ class Crowd:
         """The connection that makes room for ``client``; None if nobody holds more than it does."""
         if not self._members:
             return None
-        largest = self._networks.largest()
-        if self._networks.numbers[largest] > self.held_in(client):
+        key, host = client_key(client)
+        if self._networks.numbers[self._networks.largest()] > self.held_in(client):
             return self._idlest_of_largest()
-        own = self._addresses.get(network(client))
-        if own is None or own.numbers[own.largest()] <= self.held_by(client):
+        if key not in self._networks.numbers:
             return None
-        return self._idlest_in(network(client))
+        largest = self._members[self._largest_in(key)]
+        return _idlest(largest) if len(largest) > len(self._members.get(host, ())) else None
 
     def quiet_of(self, client: IPAddress, since: float) -> Member | None:
         """A connection of ``client`` that has not moved after ``since``; if it has none, of that address of
@@ -156,10 +168,10 @@ class Crowd:
 
         It looks at a few and puts these behind the others, so that it finds each one in the end.
         """
-        addresses = self._addresses.get(network(client))
-        if addresses is None:
+        key, host = client_key(client)
+        if key not in self._networks.numbers:
             return None
-        members = self._members.get(client) or self._members[addresses.largest()]
+        members = self._members.get(host) or self._members[self._largest_in(key)]
         for member in list(itertools.islice(members, _LOOKS)):
             if member.moved_at <= since:
                 return member
@@ -170,8 +182,13 @@ class Crowd:
     def _idlest_of_largest(self) -> Member:
         """The idlest connection of the network with most; of several such networks, it looks at some, so that
         who moves keeps its connection although many others come and hold as much."""
-        found = map(self._idlest_in, self._networks.some_largest(_LOOKS))
-        return min(found, key=lambda member: member.moved_at)
+        keys = self._networks.some_largest(_LOOKS)
+        return _idlest(_idlest(self._members[self._largest_in(key)]) for key in keys)
 
-    def _idlest_in(self, key: Network) -> Member:
-        return min(self._members[self._addresses[key].largest()], key=lambda member: member.moved_at)
+    def _largest_in(self, key: Network) -> Host:
+        """The address of a network with most connections."""
+        return self._hosts[key].largest() if key < 0 else key
+
+
+def _idlest(members: Iterable[Member]) -> Member:
+    return min(members, key=lambda member: member.moved_at)

@@ -21,7 +21,7 @@ from qubes_fwd_qrexec.relay.socketbuffers import HELD_BYTES, SocketMemory
 from qubes_fwd_qrexec.system.memory import memory_bytes
 
 from .bucket import Bucket
-from .crowd import Crowd, Member
+from .crowd import Crowd, Host, Member, client_key
 
 # A listener holds at most so many, over several mux calls: as many as one address has ports.
 PROCESS_MAX = 65_536
@@ -79,13 +79,13 @@ class _Rate:
         self.rate = rate
         self._half = max(1.0, rate / 2)
         self._all = Bucket(rate, rate, now)
-        self._by_client: dict[IPAddress, Bucket] = {}
+        self._by_client: dict[Host, Bucket] = {}
 
     @property
     def clients(self) -> int:
         return len(self._by_client)
 
-    def take(self, client: IPAddress, now: float) -> bool:
+    def take(self, client: Host, now: float) -> bool:
         """Whether one more connection of ``client`` may come; if so, it is counted."""
         if len(self._by_client) > 2 * self.rate:  # only clients of the last second are not full again
             self._by_client = {c: b for c, b in self._by_client.items() if b.fill(now) < self._half}
@@ -136,12 +136,14 @@ class Process:
         """An account has no connections any more."""
         self._accounts.discard(account)
 
+    @property
     def may_yield(self) -> bool:
-        """Whether another connection may be ended now to make room; if so, it is counted."""
-        if self._yields.fill(self._clock()) < 1:
-            return False
+        """Whether another connection may be ended now to make room; `yielded` counts it."""
+        return self._yields.fill(self._clock()) >= 1
+
+    def yielded(self) -> None:
+        """A connection was ended to make room."""
         self._yields.left -= 1
-        return True
 
     def idlest_before(self, account: "Account", client: IPAddress) -> tuple["Account", Member] | None:
         """The connection that makes room for one of ``client`` in ``account``, and its own account."""
@@ -211,11 +213,10 @@ class Account:
             own = self.crowd.quiet_of(client, self._clock() - self._quiet_s)
             if own is None:
                 return refusal
-        if not self._rate.take(client, self._clock()):
+        if not self._rate.take(client_key(client)[1], self._clock()):
             return NotAdmitted.RATE
         if yielding is not None:
-            if not self._process.may_yield():
-                return NotAdmitted.PROCESS if yielding[0] is not self else NotAdmitted.CONNECTIONS
+            self._process.yielded()
             yielding[0].end(yielding[1])
         elif own is not None:
             self.end(own)
@@ -236,14 +237,17 @@ class Account:
         return isinstance(client, IPv6Address) and self.crowd.held_in(client) >= most
 
     def _room(self, client: IPAddress) -> tuple[NotAdmitted | None, "tuple[Account, Member] | None"]:
-        """Why there is no room; else the connection that must make room, if one must."""
+        """Why there is no room; else the connection that must make room, if one must.
+
+        Nobody is looked for where nobody may be ended: that takes longer than anything else here.
+        """
         if self.crowd.held_by(client) >= self._per_source or self._is_network_full(client):
             return NotAdmitted.PER_SOURCE, None
         if self.connections >= self._connections:
-            member = self.crowd.idlest_before(client)
+            member = self.crowd.idlest_before(client) if self._process.may_yield else None
             return (NotAdmitted.CONNECTIONS, None) if member is None else (None, (self, member))
         if self._process.connections >= self._process.connections_max:
-            found = self._process.idlest_before(self, client)
+            found = self._process.idlest_before(self, client) if self._process.may_yield else None
             return (NotAdmitted.PROCESS, None) if found is None else (None, found)
         return None, None
 

@@ -6,6 +6,7 @@ import shlex
 import signal
 import socket
 from contextlib import ExitStack, suppress
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,14 @@ from udp_clients import UdpClient, free_udp_port
 from udp_forwards import KEY, forward_of, write_udp_config
 
 from qubes_fwd_qrexec.exposed import flowcall, flowpool, muxcall, muxpool
+from qubes_fwd_qrexec.exposed.crowd import client_key
 from qubes_fwd_qrexec.exposed.flowcounters import Dropped
 from qubes_fwd_qrexec.exposed.flowpool import FlowPool
 from qubes_fwd_qrexec.listener import Listener
 
 pytestmark = pytest.mark.usefixtures("no_hurry")
+
+LOOPBACK = ip_address("127.0.0.1")
 
 
 def pool_of(listener: Listener) -> FlowPool:
@@ -69,7 +73,7 @@ async def test_a_call_knows_who_uses_it_and_since_when_nobody_does(
             (call,) = pool_of(listener).mux_calls
             assert call.sole_user is not None
             key, idle_s = call.sole_user
-            assert str(key[-1]) == "127.0.0.1"
+            assert key == client_key(LOOPBACK)
             assert 0 <= idle_s < BOUND_S
             assert (call.carries, call.is_used, call.quiet_s) == (2, True, None)
             assert await other.ask(b"x") == b"x"
@@ -121,7 +125,7 @@ async def test_one_client_does_not_have_all_the_starts_of_flows(
             await until(lambda: forward_of(listener).connections == 90)
             other = stack.enter_context(UdpClient(port, own="127.0.0.2"))
             assert await other.ask(b"y") == b"y"
-            assert [str(key[-1]) for key in pool_of(listener).users()] == ["127.0.0.1"]
+            assert pool_of(listener).users() == {client_key(LOOPBACK)}
     assert len(client.calls) == 1
 
 

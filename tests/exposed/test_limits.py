@@ -315,6 +315,42 @@ def test_no_more_than_so_many_make_room_in_a_second() -> None:
     assert (counting.connections, process.connections, counting.yielded) == (900, 900, YIELDS + 1)
 
 
+def test_where_none_may_be_ended_the_idlest_is_not_looked_for() -> None:
+    class Asked(Visitor):
+        times = 0
+
+        @property
+        def moved_at(self) -> float:
+            Asked.times += 1
+            return 0.0
+
+        @moved_at.setter
+        def moved_at(self, _: float) -> None:
+            """It is never idle."""
+
+    clock = Clock()
+    for process, limits in (
+        (Process(1000, clock, 1), "connections:3"),
+        (Process(3, clock, 1), "connections:9"),
+    ):
+        counting = account(limits, process, clock)
+        assert [counting.admit(Asked(ONE)) for _ in range(3)] == [None] * 3
+        assert counting.admit(Asked(OTHER)) is None
+        asked = Asked.times
+        assert asked >= 3
+        full = NotAdmitted.CONNECTIONS if limits == "connections:3" else NotAdmitted.PROCESS
+        assert counting.admit(Asked(numbered(0))) is full
+        assert Asked.times == asked, "no more in this second"
+
+
+def test_an_ipv4_address_is_none_of_the_networks_of_ipv6() -> None:
+    """However they are counted: this network's number would be that address."""
+    counting = account("per-source:1")
+    let_in(counting, ONE, *(ip_address((int(ONE) << 64) + host) for host in range(1, 9)))
+    assert enter(counting, ip_address((int(ONE) << 64) + 9), OTHER) == [NotAdmitted.PER_SOURCE, None]
+    assert (counting.crowd.held_in(ONE), counting.crowd.held_by(ONE)) == (1, 1)
+
+
 def test_the_defaults_hold_what_was_measured_and_bound_each_client_and_second() -> None:
     assert Process(memory=lambda: PLENTY).rule_max == 49_152
     counting = account()
