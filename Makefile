@@ -9,7 +9,8 @@
 #             as root, forwards by nft beside rules by hand; with ARGS=udp, as root, UDP over qrexec beside socat and nft;
 #             with ARGS=window how long the window's main loop is held up with many rules
 # make bench-quick  has something become slower? Ratios beside a run that is stored, in under a minute
-# make bench-growth  measure from 1 to 10,000 held connections, and draw it
+# make bench-all  all runs that docs/numbers.md shows, in about eight minutes; with ARGS=NAME,... some of them
+# make numbers  make its tables and pictures of the runs again
 # make fuzz   give the mux protocol bytes, guided by coverage, for SECONDS (60)
 # make mutate change the code in 200 places, one at a time, and see whether the tests notice (ARGS="--count 60 mux")
 # make soak   connect, end, abort, stall and kill at random for SECONDS (600), beside the direct connection;
@@ -33,7 +34,7 @@ export PYTHON
 # The tests start some 2,000 programs, and without bytecode each of them, and each process of the tests, compiles anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo window-demo test test-oldest-trio check format guide pictures bench bench-quick bench-growth fuzz mutate soak translations build/locale packages clean
+.PHONY: demo window-demo test test-oldest-trio check format guide pictures bench bench-quick bench-all numbers fuzz mutate soak translations build/locale packages clean
 
 demo: $(VENV)/.installed
 	@tools/debian-packages --optional nftables iproute2
@@ -80,8 +81,12 @@ bench: $(VENV)/.dev
 bench-quick: $(VENV)/.dev
 	$(VENV)/bin/python -m bench guard $(ARGS)
 
-bench-growth: $(VENV)/.bench
-	$(VENV)/bin/python -m bench growth --plot docs/growth.svg $(ARGS)
+bench-all: $(VENV)/.dev
+	@tools/debian-packages --optional socat
+	$(VENV)/bin/python -m bench all $(ARGS)
+
+numbers: $(VENV)/.dev
+	$(VENV)/bin/python -m bench page
 
 # What is found is kept in build/fuzz, and so is what was learned: the next run begins with it.
 fuzz: $(VENV)/.fuzz
@@ -119,10 +124,6 @@ $(VENV)/.dev: pyproject.toml
 	@tools/environment $(VENV) -e '.[dev]'
 	@# The types of GTK, for mypy; what they describe comes from the distribution.
 	@tools/environment $(VENV) --no-deps --config-settings=config=Gtk3,Gdk3 'pygobject-stubs>=2.8'
-	@touch $@ $(VENV)/.installed
-
-$(VENV)/.bench: pyproject.toml
-	@tools/environment $(VENV) -e '.[bench]'
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.fuzz: pyproject.toml

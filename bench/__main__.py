@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """``python -m bench``: measure, print the table, and end. For ``growth``, ``admin``, ``nft``,
-``udp``, ``window``, ``guard`` and ``held`` see their files."""
+``udp``, ``window``, ``guard``, ``held``, ``all`` (`runs`) and ``page`` see their files."""
 
 import argparse
 import shlex
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import admin, growth, guard, held, machine, nft, record, udp, window
+from . import admin, growth, guard, held, machine, nft, page, record, runs, udp, window
 from .effort import FULL, QUICK
 from .lines import Result
 from .names import names
@@ -71,6 +71,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _on_sigterm)
     others = {"growth": growth.main, "admin": admin.main, "nft": nft.main, "udp": udp.main}
     others |= {"window": window.main, "guard": guard.main, "held": held.main}
+    others |= {"all": runs.main, "page": page.main}
     if sys.argv[1:2] and sys.argv[1] in others:
         return others[sys.argv[1]](sys.argv[2:])
     args = _parser().parse_args()

@@ -35,18 +35,18 @@ class Effort:
 
 # Many short rounds: other work of the machine lasts for seconds, and then meets every peer.
 FULL = Effort(
-    rounds=20,
-    connections=25,
+    rounds=10,
+    connections=20,
     round_trips=1000,
     long_rounds=5,
-    many=400,
+    many=200,
     many_limit_s=30.0,
-    bulk_bytes=256 * _MIB,
-    processor_bytes=128 * _MIB,
-    processor_connections=200,
+    bulk_bytes=128 * _MIB,
+    processor_bytes=64 * _MIB,
+    processor_connections=100,
     streams_bytes=64 * _MIB,
-    payload_round_trips=200,
-    fair_round_trips=500,
+    payload_round_trips=60,
+    fair_round_trips=300,
     stalled=63,
     memory_rounds=3,
     memory_connections=100,
@@ -55,7 +55,7 @@ FULL = Effort(
     crowd=5000,
     crowd_bytes=2 * _MIB,
     crowd_limit_s=600.0,
-    stock_each=20,
+    stock_each=10,
 )
 QUICK = Effort(
     rounds=4,
@@ -83,13 +83,10 @@ QUICK = Effort(
 # What `make bench-quick` takes to see what has changed, in well under a minute.
 GUARD = replace(
     FULL,
-    rounds=9,
     connections=12,
     round_trips=400,
-    long_rounds=5,
     many=100,
     many_limit_s=5.0,
     bulk_bytes=64 * _MIB,
-    processor_bytes=64 * _MIB,
     processor_connections=60,
 )

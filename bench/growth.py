@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``python -m bench growth``: how rate, latency and memory go from 1 connection that is held to 10,000.
+"""``python -m bench growth``: how rate and latency go from 1 connection that is held to 10,000.
 
 Each peer has a stage of its own and goes up to what it can hold. At every step the held connections are
-idle and alive, each has moved a MiB each way when it was new, and others are measured beside them.
+idle and alive, each has moved some bytes each way when it was new, and others are measured beside them. What
+they cost in memory is what `held` measures.
 """
 
 import argparse
@@ -10,79 +11,42 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from . import machine
 from .heldrows import bulk_rate, hold_crowd
-from .memory import footprint, pss_kib
-from .peers import USUAL, Call, Direct, MuxCall, Peer, Socat
+from .peers import USUAL, Peer
 from .processes import BenchError
 from .rows import CLIENTS
 from .stage import Stage, open_stage
-from .step import Memory, Step
+from .step import Step
 from .table import number
 
-STEPS = (1, 10, 100, 1000, 3000, 10_000)
+STEPS = (1, 100, 1000, 10_000)
 # A call is one of 30, and up to 16 more are needed to measure beside those that are held.
-_BY_CALL = (Socat.name, Call.name)
-_MOST_BY_CALL = 10
+_STEPS_BY_CALL = (1, 10)
 _ROUNDS = 5
-_CONNECTIONS = 40
+_CONNECTIONS = 25
 _ROUND_TRIPS = 600
 _MANY = 400
 _MANY_BY_CALL = 50
-_BULK_BYTES = 128 << 20
-_MOVED_BYTES = 1 << 20
+_BULK_BYTES = 64 << 20
+_MOVED_BYTES = 1 << 16
 _LIMIT_S = 300.0
 
 
 def steps(kind: type[Peer], counts: Sequence[int]) -> Iterator[Step]:
-    """One peer's steps. Raises `BenchError` where it cannot hold what it should.
-
-    Memory is measured on a stage of its own, where nothing happens but that connections are made and held.
-    """
-    memory = {}
-    with _holding(kind, counts) as holding:
-        before = _memory(holding.stage)
-        for count in holding:
-            now = _memory(holding.stage)
-            memory[count] = Memory(now.first - before.first, now.own - before.own, now.broker - before.broker)
-    with _holding(kind, counts, _MOVED_BYTES) as holding:
-        for count in holding:
-            yield _measured(holding.stage, count, memory[count])
-
-
-@dataclass(frozen=True, slots=True)
-class _Holding:
-    """Goes up the steps on one stage."""
-
-    stage: Stage
-    counts: Sequence[int]
-    moved: int
-
-    def __iter__(self) -> Iterator[int]:
-        for count in self.counts:
-            hold_crowd(self.stage, count, self.moved, _LIMIT_S)
-            yield count
-
-
-@contextmanager
-def _holding(kind: type[Peer], counts: Sequence[int], moved: int = 0) -> Iterator[_Holding]:
+    """One peer's steps. Raises `BenchError` where it cannot hold what it should."""
     with open_stage([kind]) as stage:
-        yield _Holding(stage, counts, moved)
+        for count in counts:
+            hold_crowd(stage, count, _MOVED_BYTES, _LIMIT_S)
+            yield _measured(stage, count)
 
 
-def _memory(stage: Stage) -> Memory:
+def _measured(stage: Stage, held: int) -> Step:
     peer = stage.peers[0]
-    now = footprint(peer.pids, stage.broker_pid, stage.client_program)
-    return Memory(sum(map(pss_kib, peer.pids)), now.own, now.broker)
-
-
-def _measured(stage: Stage, held: int, memory: Memory) -> Step:
-    peer = stage.peers[0]
-    count = _MANY_BY_CALL if peer.name in _BY_CALL else _MANY
+    count = _MANY_BY_CALL if peer.is_call_each else _MANY
     rates: list[float] = []
     connects: list[float] = []
     round_trips: list[float] = []
@@ -105,34 +69,16 @@ def _measured(stage: Stage, held: int, memory: Memory) -> Step:
         round_trip_ms=statistics.median(round_trips) * 1000,
         upload_mib_s=statistics.median(bulk["upload"]),
         download_mib_s=statistics.median(bulk["download"]),
-        memory=memory,
     )
 
 
-_COLUMNS = (
-    "",
-    "held",
-    "16 clients",
-    "failed",
-    "new connection",
-    "round trip",
-    "one stream up",
-    "and down",
-    "memory each",
-    "listener",
-    "service",
-)
+_COLUMNS = ("", "held", "16 clients", "failed", "new connection", "round trip", "stream up", "and down")
 
 
-def render(found: list[Step]) -> str:
+def render(found: Sequence[Step]) -> str:
     """A Markdown table."""
     rows: list[tuple[str, ...]] = [_COLUMNS]
     for step in found:
-        first, own = step.memory.first, step.memory.own
-        each = "-" if step.peer == Direct.name else f"{number(step.each_kib)} KiB"
-        parts = ["-", "-"]
-        if step.peer == MuxCall.name:
-            parts = [f"{number(first / 1024)} MiB", f"{number((own - first) / 1024)} MiB"]
         rows.append(
             (
                 step.peer,
@@ -143,8 +89,6 @@ def render(found: list[Step]) -> str:
                 f"{number(step.round_trip_ms)} ms",
                 f"{number(step.upload_mib_s)} MiB/s",
                 f"{number(step.download_mib_s)} MiB/s",
-                each,
-                *parts,
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
@@ -159,7 +103,6 @@ def render(found: list[Step]) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench growth", description=__doc__)
     parser.add_argument("--most", type=int, default=STEPS[-1], metavar="N", help="no step above that")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it there (needs the extra 'bench')")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     args = parser.parse_args(arguments)
     facts = machine.describe()
@@ -169,8 +112,8 @@ def main(arguments: list[str]) -> int:
             print(f"{missing}; measured without it", file=sys.stderr)
             continue
         try:
-            most = min(args.most, _MOST_BY_CALL) if kind.name in _BY_CALL else args.most
-            for step in steps(kind, [count for count in STEPS if count <= most]):
+            counts = _STEPS_BY_CALL if kind.is_call_each else STEPS
+            for step in steps(kind, [count for count in counts if count <= args.most]):
                 print(f"{step.peer} beside {step.held} ...", file=sys.stderr)
                 found.append(step)
         except BenchError as error:
@@ -180,9 +123,4 @@ def main(arguments: list[str]) -> int:
     if args.json is not None:
         document = {"machine": facts, "steps": [asdict(step) for step in found]}
         args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    if args.plot is not None:
-        # matplotlib is needed for the picture alone.
-        from . import plot
-
-        plot.draw(found, args.plot)
     return 0

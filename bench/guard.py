@@ -112,14 +112,14 @@ def main(arguments: list[str]) -> int:
     """Exit status 1 if something became worse, or failed."""
     parser = argparse.ArgumentParser(prog="python -m bench guard", description=__doc__)
     parser.add_argument("--store", action="store_true", help="store this run instead of comparing with it")
-    parser.add_argument("--stored", type=Path, default=STORED, metavar="FILE", help="the run that is stored")
+    parser.add_argument("--json", type=Path, default=STORED, metavar="FILE", help="the run that is stored")
     args = parser.parse_args(arguments)
     try:
         now = measure(_ROWS)
         if args.store:
-            record.write(args.stored, now)
+            record.write(args.json, now)
             return 0
-        stored = record.read(args.stored)
+        stored = record.read(args.json)
         found = judge(stored, now, measure)
     except BenchError as error:
         print(error, file=sys.stderr)

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import trio
@@ -13,6 +14,7 @@ import trio
 def describe() -> dict[str, str]:
     """Names and versions, each as one short text."""
     return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "processor": f"{len(os.sched_getaffinity(0))} cores, {_processor()}",
         "kernel": platform.release(),
         "Python": platform.python_version(),

@@ -22,7 +22,7 @@ from typing import Any
 
 from qubes_fwd_qrexec.common.errors import StoreError
 
-from . import machine, road
+from . import machine, nftplot, road
 from .effort import FULL, QUICK, Effort
 from .lines import Line, Result, each, turns
 from .names import names
@@ -155,7 +155,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--rows", type=names(list(_ROWS), "row"), default=list(_ROWS), help=rows, metavar="NAME,..."
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it there (needs the extra 'bench')")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     args = parser.parse_args(arguments)
     if args.plot is not None and set(args.rows) != set(_ROWS):
@@ -182,8 +182,6 @@ def main(arguments: list[str]) -> int:
     tell(results, WAYS, COMPARED, facts, args.json)
     lines = [line for result in results.values() for line in result.lines]
     if args.plot is not None:
-        # matplotlib is needed for the picture alone.
-        from . import nftplot
-
-        nftplot.draw({line.key: line for line in lines}, WAYS, args.plot)
+        picture = nftplot.picture({line.key: line for line in lines}, WAYS)
+        args.plot.write_text(picture, encoding="utf-8")
     return 0

@@ -133,6 +133,7 @@ def processor(stage: Stage, effort: Effort) -> Result:
         answer = stage.ask(peer, "many", clients=CLIENTS, count=count, limit_s=effort.many_limit_s)
         return stage.usage(peer).since(before).each(answer["done"])
 
+    between = [peer for peer in stage.peers if peer.pids]
     mib, lines, notes = effort.processor_bytes / _MIB, [], []
     for key, title, unit, scale, sample in (
         ("upload", "a MiB, client to server", "ms", 1e3 / mib, transfer("upload")),
@@ -140,7 +141,7 @@ def processor(stage: Stage, effort: Effort) -> Result:
         ("round-trip", "a round trip", "us", 1e6 / effort.round_trips, round_trips),
         ("connect", f"a connection, {CLIENTS} clients at once", "ms", 1e3, connections),
     ):
-        usages, failed = collect(stage.peers, effort.long_rounds, sample)
+        usages, failed = collect(between, effort.long_rounds, sample)
         notes += failed
         for part, (whose, take) in _PARTS.items():
             line = Line(f"processor-{key}-{part}", f"  {whose}", unit)

@@ -5,16 +5,6 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """What ``held`` connections have added, in KiB: to the listener (or socat) itself, to all processes of
-    the peer, services among them, and to the lab's broker."""
-
-    first: float
-    own: float
-    broker: float
-
-
-@dataclass(frozen=True, slots=True)
 class Step:
     """What was measured beside ``held`` connections."""
 
@@ -26,8 +16,3 @@ class Step:
     round_trip_ms: float
     upload_mib_s: float
     download_mib_s: float
-    memory: Memory
-
-    @property
-    def each_kib(self) -> float:
-        return self.memory.own / self.held

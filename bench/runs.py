@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``python -m bench all [RUN,...]``: the runs that docs/numbers.md shows, each into its file in docs/numbers.
+
+All of them take about eight minutes on a machine that does nothing else. Then the page is made.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+
+from . import page
+from .names import names
+
+RUNS = {
+    "connect": "--rows connect,many",
+    "stream": "--rows round-trip,bulk,processor",
+    "payload": "--rows payload",
+    "streams": "--rows streams",
+    "fair": "--rows fair --peers direct,socat,call,mux",
+    "memory": "--rows memory,stock",
+    "growth": "growth",
+    "held": "held",
+    "guard": "guard --store",
+}
+"""What each is started with, after ``python -m bench``."""
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status 1 if a run failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench all", description=__doc__)
+    parser.add_argument(
+        "runs",
+        type=names(list(RUNS), "run"),
+        nargs="?",
+        default=list(RUNS),
+        metavar="RUN,...",
+        help=", ".join(RUNS),
+    )
+    parser.add_argument("--no-page", action="store_true", help="leave the page as it is")
+    args = parser.parse_args(arguments)
+    status = 0
+    for run in args.runs:
+        print(f"{run} ...", file=sys.stderr)
+        words = [*shlex.split(RUNS[run]), "--json", str(page.PLACE / f"{run}.json")]
+        status = max(status, subprocess.run([sys.executable, "-m", "bench", *words], check=False).returncode)
+    return status or (0 if args.no_page else page.main([]))

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A goal is met or missed by what the runs found, and says by how much."""
+
+from bench.goals import Found, Goal, goals, render
+from bench.held import Held
+from bench.lines import Line, Result
+from bench.record import Record
+
+LESS = ("connect-median", "round-trip-median", "processor-upload-own", "processor-download-own")
+
+
+def run(**values: dict[str, float]) -> Record:
+    lines = []
+    for name, value in values.items():
+        key = name.replace("_", "-")
+        is_less_better = key in LESS or key.startswith("fair-")
+        lines.append(Line(key, key, "", is_less_better, values=value))
+    return Record({}, {"all": Result("", lines)})
+
+
+def found(mux: float = 100.0, each_kib: float = 2.0, count: int = 50_000) -> Found:
+    """Where mux takes or gets so many percent of `call`, and before it was twice as slow."""
+    same = {"mux": mux, "call": 100.0, "call-ours": 100.0, "direct": 1.0}
+    return Found(
+        before=run(many_rate={"mux": 10, "direct": 1}, connect_median={"mux": 400, "direct": 1}),
+        connect=run(many_rate=same, connect_median=same),
+        stream=run(
+            bulk_upload=same,
+            bulk_download=same,
+            round_trip_median=same,
+            processor_upload_own=same,
+            processor_download_own=same,
+        ),
+        fair=run(fair_upload=same, fair_download={"mux": 3.0}, fair_stalled={"mux": 49.0}),
+        held=[
+            Held(10_000, 10_000, each_kib * 10_000, 0.0, 0.0, 0.0, 1),
+            Held(count, count, 0.0, 0.0, 0.0, 0.0, 4),
+        ],
+    )
+
+
+def by_text(given: Found) -> dict[str, Goal]:
+    return {goal.text: goal for goal in goals(given)}
+
+
+def test_every_goal_is_met_where_mux_is_as_good_as_call() -> None:
+    assert [goal.text for goal in goals(found()) if not goal.is_met] == [
+        "99 of 100 round trips beside a stream to the server take under 20 ms, in the worst round"
+    ]
+
+
+def test_a_slower_mux_misses_those_that_it_decides() -> None:
+    missed = [goal for goal in goals(found(mux=130.0)) if not goal.is_met]
+    assert any("round trip takes" in goal.text and goal.found == "1.30 times" for goal in missed)
+    assert any("processor time" in goal.text and goal.found.startswith("1.30 times") for goal in missed)
+    assert any(goal.text.startswith("one stream") for goal in goals(found(mux=90.0)) if not goal.is_met)
+
+
+def test_memory_and_how_many_are_held_are_judged_by_what_was_held() -> None:
+    assert not by_text(found(each_kib=4.5))["at most 4 KiB for each of 10,000 held connections"].is_met
+    few = by_text(found(count=15_000))["50,000 held in one listener, and alive"]
+    assert few.found.startswith("15000 of 15000 alive")
+    assert not few.is_met
+
+
+def test_a_table_says_what_was_missed() -> None:
+    header, _, met, missed = render(iter([Goal("a", "1", True), Goal("b", "2", False)])).splitlines()
+    assert header.split() == ["|", "goal", "|", "found", "|", "|"]
+    assert met.split() == ["|", "a", "|", "1", "|", "met", "|"]
+    assert missed.split() == ["|", "b", "|", "2", "|", "**missed**", "|"]
