@@ -132,6 +132,13 @@ class Script:
         yield _SETTLED_S
         meter.end()
 
+        meter.begin("opening the list of qubes")
+        combo = max(self._all(self._gtk.ComboBoxText), key=lambda each: len(each.get_model()))
+        for act in (combo.popup, combo.popdown):
+            act()
+            yield _SETTLED_S
+        meter.end()
+
         meter.begin("choosing rules")
         for number in range(20):
             view.set_cursor(self._gtk.TreePath.new_from_indices([number, 0]))

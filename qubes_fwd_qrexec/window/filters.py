@@ -10,6 +10,9 @@ from .rows import Filter, Show
 from .widgets import GAP, named, row
 from .words import _
 
+# Pixels beside the name with the most letters, which need not be the widest; half as many above and below.
+_PADDING = 12
+
 
 class Filters:
     """``changed`` is called when the user has chosen another `filter`."""
@@ -24,6 +27,7 @@ class Filters:
             self._show.append(show.name, text)
         self._qube = Gtk.ComboBoxText()
         self._qube.append("", _("any"))
+        self._qube.connect("style-updated", lambda _: self._make_room())
         self.search = named(Gtk.SearchEntry(width_chars=8, hexpand=True), _("Search"))
         self.search.set_placeholder_text(_("Search"))
         self._fill()
@@ -53,6 +57,14 @@ class Filters:
                 self._qube.insert(place + 1, name, name)
                 self._offered.insert(place, name)
                 yield
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Say how large each name may be, or GTK measures all of them whenever it lays out the window."""
+        (cell,) = self._qube.get_cells()
+        longest = max((_("any"), *self._offered), key=len)
+        width, height = self._qube.create_pango_layout(longest).get_pixel_size()
+        cell.set_fixed_size(width + _PADDING, height + _PADDING // 2)
 
     def ask_for(self, wanted: Filter) -> None:
         """Choose that."""

@@ -87,3 +87,12 @@ def test_each_can_be_reached_by_a_letter(shown: Shown) -> None:
     labels = [child for child in shown.filters.widget.get_children() if isinstance(child, Gtk.Label)]
     assert [label.get_mnemonic_widget() for label in labels] == [shown.show, shown.qube]
     assert shown.filters.search.get_accessible().get_name() == "Search"
+
+
+def test_names_are_given_room_without_being_measured_each_time(shown: Shown) -> None:
+    (cell,) = shown.qube.get_cells()
+    offer(shown, "work", "a-much-longer-name")
+    wide, high = shown.qube.create_pango_layout("a-much-longer-name").get_pixel_size()
+    assert cell.get_fixed_size() > (wide, high)
+    offer(shown, "work")
+    assert shown.qube.create_pango_layout("work").get_pixel_size()[0] < cell.get_fixed_size()[0] < wide
