@@ -16,6 +16,7 @@ from . import figures
 from .figures import Figures
 from .look import Look, look_at
 from .news import News
+from .rows import SOON_S
 from .worker import Deliver, OpenBackend, Worker
 
 T = TypeVar("T")
@@ -23,10 +24,11 @@ Later = Callable[[float, Callable[[], None]], Callable[[], None]]
 """Has the main thread call a function after some seconds; returns what cancels that."""
 # Each question calls every qube that listens.
 FIGURES_S = 5.0
+# After the first look, whose rules are being shown: many threads that hear answers would hinder that.
+FIRST_FIGURES_S = 1.0
 # How often times such as "in 2 h" are told anew, and how often while something ends within `SOON_S`.
 TICK_S = 60.0
 SOON_TICK_S = 1.0
-SOON_S = 120.0
 
 
 class Board:
@@ -150,7 +152,7 @@ class Board:
         self._tick()
         self._tell()
         if is_first:
-            self._ask_figures()
+            self._later(FIRST_FIGURES_S, self._ask_figures)
 
     def _not_looked(self, error: Exception) -> None:
         self._no_look = str(error)

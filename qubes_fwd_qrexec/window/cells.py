@@ -31,6 +31,7 @@ SIGNS = {
     State.HELD: ("■", "note"),
 }
 _BOX_SIZE = 14
+_NORMAL, _BOLD = int(Pango.Weight.NORMAL), int(Pango.Weight.BOLD)
 _EDGE = b"\x88\x88\x88"
 
 
@@ -49,8 +50,8 @@ class Cells(NamedTuple):
     note: str = ""
     state_foreground: str | None = None
     who_foreground: str | None = None
-    state_weight: int = Pango.Weight.NORMAL
-    who_weight: int = Pango.Weight.NORMAL
+    state_weight: int = _NORMAL
+    who_weight: int = _NORMAL
     icon: Gio.Icon | None = None
 
     @property
@@ -79,8 +80,8 @@ def of_row(row: Row, group: QubeName, colours: Mapping[str, str]) -> Cells:
         row.note,
         colours[colour],
         colours["bad"] if is_to_all else None,
-        Pango.Weight.BOLD if row.is_live else Pango.Weight.NORMAL,
-        Pango.Weight.BOLD if is_to_all else Pango.Weight.NORMAL,
+        _BOLD if row.is_live else _NORMAL,
+        _BOLD if is_to_all else _NORMAL,
     )
 
 
@@ -91,7 +92,7 @@ def of_group(group: Group, colours: Mapping[str, str]) -> Cells:
         count = len(group.rows)
         ended = ngettext("{count} ended", "{count} ended", count).format(count=count)
         return Cells(ENDED, ended, state_foreground=faint)
-    bold, picture = Pango.Weight.BOLD, icon(group.icon, group.label)
+    bold, picture = _BOLD, icon(group.icon, group.label)
     # Translators: before the netvms of a qube, such as sys-firewall - sys-net.
     way_out = _("via {netvms}").format(netvms=chain) if (chain := _netvms(group)) else _("no netvm")
     return Cells(group.qube, group.qube, way_out, who_foreground=faint, state_weight=bold, icon=picture)

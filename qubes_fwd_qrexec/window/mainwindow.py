@@ -8,7 +8,7 @@ from qubes_fwd_qrexec.admin.watch import next_end
 
 from . import alerts, rows, style
 from .bars import AlertBars, SummaryBar
-from .board import SOON_S, TICK_S, Board
+from .board import TICK_S, Board
 from .cells import Item
 from .commands import Commands
 from .detail import Detail
@@ -21,7 +21,7 @@ from .outcome import Outcome
 from .placeholder import Lack, Placeholder
 from .portions import Portions
 from .rowmenu import entries
-from .rows import ENDED, Filter, Group, Show
+from .rows import ENDED, SOON_S, Filter, Group, Show
 from .rulelist import RuleList
 from .widgets import GAP, button, column, deliver, row
 from .words import _
@@ -136,8 +136,11 @@ class MainWindow:
         # Figures come each few seconds, and change nothing here.
         listed = look, self._filters.filter, self._moment()
         if listed != self._listed:
-            self._groups = () if look is None else rows.groups(look, self._filters.filter, board.now)
-            yield
+            groups = []
+            for group in () if look is None else rows.groups(look, self._filters.filter, board.now):
+                groups.append(group)
+                yield
+            self._groups = tuple(groups)
             self._list.show(self._groups)
             self._listed = listed
         yield

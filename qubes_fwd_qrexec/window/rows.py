@@ -96,38 +96,46 @@ ENDED = QubeName("")
 
 
 ALL = Filter()
+SOON_S = 120.0
+"""From so long before the end of a rule on, the time that is left is told in seconds."""
 
 
-def groups(look: Look, wanted: Filter = ALL, now: float | None = None) -> tuple[Group, ...]:
-    """The rules that are wanted, by targets; those whose time is over come last, in one group."""
+def groups(look: Look, wanted: Filter = ALL, now: float | None = None) -> Iterator[Group]:
+    """The rules that are wanted, by targets; those whose time is over come last, in one group. Each group is
+    made when it is asked for.
+    """
     now = look.now if now is None else now
     fits, words = _SHOWS[wanted.show], wanted.text.casefold().split()
     marks, roles = _marks(), _roles()
-    found: list[Row] = []
     ended: list[Row] = []
-    for entry in look.entries.rules:
-        role = None if wanted.qube is None else entry.roles.get(wanted.qube)
-        if (wanted.qube is not None and role is None) or not fits(entry):
-            continue
-        if words and not all(word in entry.searched for word in words):
-            continue
-        row = Row(
-            entry.key,
-            entry.state,
-            _mark(entry, marks),
-            *entry[4:8],
-            ends(entry.expire, now, has_ended=entry.has_ended) if entry.at else "",
-            entry.comment,
-            "" if role is None else roles[role],
-            entry.is_anybody,
-            entry.is_live,
-            entry.note,
-        )
-        (ended if entry.state is State.EXPIRED else found).append(row)
-    made = [_group(look, target, tuple(some)) for target, some in groupby(found, lambda row: row.key[0])]
+    for target, entries in groupby(look.entries.rules, lambda entry: entry.key[0]):
+        found: list[Row] = []
+        for entry in entries:
+            role = None if wanted.qube is None else entry.roles.get(wanted.qube)
+            if (wanted.qube is not None and role is None) or not fits(entry):
+                continue
+            if words and not all(word in entry.searched for word in words):
+                continue
+            row = Row(
+                key=entry.key,
+                state=entry.state,
+                mark=_mark(entry, marks),
+                who=entry.who,
+                at=entry.at,
+                way=entry.way,
+                to=entry.to,
+                ends=ends(entry.expire, now, has_ended=entry.has_ended) if entry.at else "",
+                comment=entry.comment,
+                role="" if role is None else roles[role],
+                is_anybody=entry.is_anybody,
+                is_live=entry.is_live,
+                note=entry.note,
+            )
+            (ended if entry.state is State.EXPIRED else found).append(row)
+        if found:
+            yield _group(look, target, tuple(found))
     if ended:
-        made.append(Group(ENDED, "", "", "", tuple(ended)))
-    return tuple(made)
+        yield Group(ENDED, "", "", "", tuple(ended))
 
 
 def _group(look: Look, target: QubeName, rows: tuple[Row, ...]) -> Group:
@@ -203,27 +211,22 @@ def ends(expire: int | None, now: float, *, has_ended: bool = False) -> str:
     if expire is None:
         return _("no end")
     left_s = int(expire - now)
-    if has_ended or left_s <= 0:
-        return _("ended") if left_s > 0 else _ago(-left_s)
-    if left_s < _SECONDS_BELOW_S:
-        return _("ends in {count} s").format(count=left_s)
-    if left_s < 2 * 3600:
-        return _("ends in {count} min").format(count=round(left_s / 60))
-    if left_s < 2 * 86400:
-        return _("ends in {count} h").format(count=round(left_s / 3600))
-    return _("ends in {count} days").format(count=round(left_s / 86400))
-
-
-# As long as the clock of the window goes by seconds.
-_SECONDS_BELOW_S = 120
-
-
-def _ago(seconds: int) -> str:
-    if seconds < 2 * 3600:
-        return _("ended {count} min ago").format(count=round(seconds / 60))
-    if seconds < 2 * 86400:
-        return _("ended {count} h ago").format(count=round(seconds / 3600))
-    return _("ended {count} days ago").format(count=round(seconds / 86400))
+    if has_ended and left_s > 0:
+        return _("ended")
+    is_over, amount_s = left_s <= 0, abs(left_s)
+    if not is_over and amount_s < SOON_S:
+        count, text = amount_s, _("ends in {count} s")
+    elif amount_s < 2 * 3600:
+        count, text = (
+            round(amount_s / 60),
+            _("ended {count} min ago") if is_over else _("ends in {count} min"),
+        )
+    elif amount_s < 2 * 86400:
+        count, text = round(amount_s / 3600), _("ended {count} h ago") if is_over else _("ends in {count} h")
+    else:
+        count = round(amount_s / 86400)
+        text = _("ended {count} days ago") if is_over else _("ends in {count} days")
+    return text.format(count=count)
 
 
 class _Count(NamedTuple):

@@ -7,8 +7,10 @@ What stays is not touched, so whoever looks at the list keeps what is selected, 
 from collections.abc import Iterator, Mapping, Sequence
 
 from .cells import Cells, Item, of_group, of_row
-from .gtk import Gio, Gtk
+from .gtk import Gio, GObject, Gtk
 from .rows import Group, Row
+
+_COLOURS = tuple(Cells._fields.index(field) for field in ("state_foreground", "who_foreground"))
 
 
 class RowStore:
@@ -44,7 +46,8 @@ class RowStore:
         if before != item:
             for each in (before, item):
                 if each is not None and each in self._iters:
-                    self._write(self._shown[each])
+                    cells = self._coloured(self._shown[each])
+                    self._set(each, {column: cells[column] for column in _COLOURS})
 
     def changes(self, groups: Sequence[Group], colours: Mapping[str, str]) -> Iterator[Item | None]:
         """Make the tree equal to these groups, row by row; ``colours`` are those of `style`.
@@ -91,9 +94,7 @@ class RowStore:
         order, item = self._orders[parent], cells.item
         found = self._iters.get(item)
         if found is None:
-            above = None if parent is None else self._iters[parent]
-            values = [*self._values(cells)]
-            self._iters[item] = self.tree.insert(above, at, values)  # type: ignore[no-untyped-call]
+            self._iters[item] = self._insert(None if parent is None else self._iters[parent], at, cells)
             self._shown[item] = cells
             order.insert(at, item)
             if parent is None:
@@ -104,17 +105,27 @@ class RowStore:
             self.tree.move_before(found, self._iters[order[at]])
             order.remove(item)
             order.insert(at, item)
-        is_other = self._shown[item] != cells
-        if is_other:
+        was = self._shown[item]
+        if was != cells:
             self._shown[item] = cells
-            self._write(cells)
-        return item if is_moved or is_other else None
+            old, new = self._coloured(was), self._coloured(cells)
+            self._set(item, {column: new[column] for column in range(len(new)) if new[column] != old[column]})
+        return item if is_moved or was != cells else None
 
-    def _write(self, cells: Cells) -> None:
-        columns = dict(enumerate(self._values(cells)))
-        self.tree.set(self._iters[cells.item], columns)  # type: ignore[no-untyped-call]  # it has no types
+    def _insert(self, above: Gtk.TreeIter | None, at: int, cells: Cells) -> Gtk.TreeIter:
+        """Make a row by one call of GTK, as each may wait for Python's lock. PyGObject's `insert` makes some
+        more for each column.
+        """
+        item, *rest = self._coloured(cells)
+        said = {column: value for column, value in enumerate(rest, 1) if value is not None}
+        # The name of a qube would be taken for a text.
+        values = [GObject.Value(GObject.TYPE_PYOBJECT, item), *said.values()]
+        return self.tree.insert_with_values(above, at, [0, *said], values)
 
-    def _values(self, cells: Cells) -> Cells:
+    def _set(self, item: Item, columns: Mapping[int, object]) -> None:
+        self.tree.set(self._iters[item], columns)  # type: ignore[no-untyped-call]  # it has no types
+
+    def _coloured(self, cells: Cells) -> Cells:
         if cells.item == self._plain:
             return cells._replace(state_foreground=None, who_foreground=None)
         return cells

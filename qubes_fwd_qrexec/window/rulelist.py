@@ -65,6 +65,7 @@ class RuleList:
         self.view.connect("style-updated", lambda _: self._restyle())
         self.view.connect("query-tooltip", lambda _, *where: self._explain(*where))
         self.view.connect("destroy", lambda _: self._stop())
+        self._rows.tree.connect("row-has-child-toggled", lambda _, path, __: self._unfold(path))
 
     @property
     def chosen(self) -> Item | None:
@@ -124,16 +125,14 @@ class RuleList:
             deliver(self._fit)
 
     def _changed(self, item: Item) -> None:
-        """Give a row the room that it needs, and show it unless the user has folded its group."""
-        cells, path = self._rows.cells(item), self._rows.find(item)
-        if cells is None or path is None:
-            return
-        for column in self._columns.values():
-            column.make_room(cells)
-        if path.get_depth() == 1:
-            return
-        path.up()
-        if not self.view.row_expanded(path) and self._rows.at(path).item not in self._folded:
+        """Give a row the room that it needs."""
+        if (cells := self._rows.cells(item)) is not None:
+            for column in self._columns.values():
+                column.make_room(cells)
+
+    def _unfold(self, path: Gtk.TreePath) -> None:
+        """Show the rows of a group that has got its first, unless the user has folded it."""
+        if self._rows.at(path).item not in self._folded:
             self.view.expand_row(path, False)
 
     def _settle(self) -> None:

@@ -79,11 +79,11 @@ def scrolled(widget: Gtk.Widget) -> Gtk.ScrolledWindow:
 
 
 def deliver(call: Callable[[], None]) -> None:
-    """`worker.Deliver` of GTK's main loop. What a job leaves is looked for after it."""
+    """`worker.Deliver` of GTK's main loop. What a job leaves is looked for in the next turn."""
 
     def once() -> bool:
         call()
-        collect()
+        GLib.idle_add(collect)
         return False
 
     GLib.idle_add(once)

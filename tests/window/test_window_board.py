@@ -160,6 +160,21 @@ def test_times_are_told_anew_each_minute_and_near_an_end_each_second_and_only_wh
     assert len(told) == 10
 
 
+def test_qubes_are_asked_when_the_first_look_has_been_shown(
+    board: Board, loop: MainLoop, asked: Asked
+) -> None:
+    board.be_seen(True)
+    looked(board, loop)
+    loop.pass_time(0.9)
+    done: list[None] = []
+    board.ask(lambda _: None, done.append, pytest.fail)
+    loop.until(lambda: done)
+    assert asked.times == []
+    loop.pass_time(0.1)
+    loop.until(lambda: board.figures is not None)
+    assert asked.times == [NOW + 1]
+
+
 def test_qubes_are_asked_only_while_it_is_seen(board: Board, loop: MainLoop, asked: Asked) -> None:
     looked(board, loop)
     loop.pass_time(60)

@@ -296,6 +296,7 @@ def test_where_nothing_can_be_changed_the_buttons_say_why(
     lab.set_feature("sys-net", "service.qubes-forward-listener", "1")
     over(ReadOnly(lab), *ADD, "--expire", "1h")
     pane = Pane(lambda: ReadOnly(lab), loop, heard)
+    looked(pane.board)
     pane.board.be_seen(True)
     pane.show(KEY, "1 client is connected:")
     assert pane.can() == {"Diagnose…"}

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Widgets stay where they are while what they show changes, and much work is done in portions."""
+"""Widgets stay where they are while what they show changes."""
 
-from collections.abc import Callable, Iterator, Mapping
-from itertools import count
+from collections.abc import Mapping
 
 from panes import PROBE, of, shown, text
-from screen import settle, until
 
 from qubes_fwd_qrexec.window.gtk import Gtk
 from qubes_fwd_qrexec.window.kept import LINE_MAX, PIECE_MAX, TEXT_MAX, Lines, Rows, Text
-from qubes_fwd_qrexec.window.portions import PORTION_S, Portions
 from qubes_fwd_qrexec.window.widgets import column
 
 
@@ -126,49 +123,3 @@ def test_what_a_user_has_selected_stays_selected_while_the_text_is_the_same() ->
     said.show("one two")
     assert said.widget.get_selection_bounds() == (True, 0, 3)
     window.destroy()
-
-
-class Steps:
-    """Steps that each take as long as a portion may."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.taken = 0
-
-    def __iter__(self) -> Iterator[None]:
-        for _ in range(self.number):
-            self.taken += 1
-            yield
-
-
-def slow_clock() -> Callable[[], float]:
-    """With each look at it, as much time is over as a portion may take."""
-    return map(PORTION_S.__mul__, count()).__next__
-
-
-def test_a_portion_ends_when_its_time_is_over_and_the_rest_is_done_when_nothing_else_is() -> None:
-    work, steps = Portions(slow_clock()), Steps(5)
-    work.run(iter(steps))
-    assert steps.taken == 1
-    until(lambda: steps.taken == 5)
-    settle()
-
-
-def test_a_newer_piece_of_work_takes_the_place_of_what_is_not_done() -> None:
-    work, old, new = Portions(slow_clock()), Steps(5), Steps(5)
-    work.run(iter(old))
-    work.run(iter(new))
-    until(lambda: new.taken == 5)
-    settle()
-    assert old.taken == 1
-    stopped = Steps(5)
-    work.run(iter(stopped))
-    work.stop()
-    settle()
-    assert stopped.taken < 3
-
-
-def test_what_takes_no_time_is_done_at_once() -> None:
-    work, steps = Portions(), Steps(5)
-    work.run(iter(steps))
-    assert steps.taken == 5
