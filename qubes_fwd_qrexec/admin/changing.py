@@ -199,9 +199,11 @@ def confirmed_rule(old: NamedRule, inventory: Inventory) -> ForwardRule:
     return replace(old.rule, owner=old.target, path=chain.qubes)
 
 
-def set_options(system: System, which: Which, options: Collection[Option]) -> Changed:
-    """Change options of rules, as `edited` does. Raises `UsageError`, which names the options, for values
-    that are wrong; else what `change` does.
+def set_options(
+    system: System, which: Which, options: Collection[Option], saw: Seen | None = None
+) -> Changed:
+    """Change options of rules, as `edited` does. ``saw`` is what the user saw of each. Raises `UsageError`,
+    which names the options, for values that are wrong; else what `change` does.
     """
 
     def changed(old: NamedRule, inventory: Inventory) -> ForwardRule:
@@ -210,7 +212,7 @@ def set_options(system: System, which: Which, options: Collection[Option]) -> Ch
         except RuleError as error:
             raise UsageError(f"{old} was not changed: {error}", *error.options) from None
 
-    return _change_each(system, which, changed, "changed", decides_mode=True)
+    return _change_each(system, which, changed, "changed", decides_mode=True, saw=saw)
 
 
 def changed_rule(inventory: Inventory, now: float, old: NamedRule, options: Iterable[Option]) -> ForwardRule:
@@ -260,6 +262,7 @@ def _change_each(
     done: str,
     *,
     decides_mode: bool = False,
+    saw: Seen | None = None,
 ) -> Changed:
     """Change rules that are chosen. One that cannot be read is an error unless a pattern alone means it."""
     patterns = which.names if isinstance(which, ByName) else ()
@@ -267,6 +270,8 @@ def _change_each(
     def decide(snapshot: Snapshot) -> NewLines:
         changes: dict[Key, str | None] = {}
         for old in snapshot.chosen(which):
+            if saw is not None:
+                check_seen(snapshot, (old.target, old.name), saw, done)
             if isinstance(old, NamedRule):
                 changes[old.target, old.name] = str(changed(old, snapshot.inventory))
             elif not patterns or old.name in patterns:

@@ -230,14 +230,15 @@ class FakeQubes:
         self, dest: str, service: str, user: str | None = None, *, autostart: bool = True, **popen: int
     ) -> FakeProcess:
         is_cut = service.startswith("qubes.ForwardCut+")
-        is_asked = is_cut or service.startswith("qubes.ForwardStatus+")
+        is_asked = is_cut or service == "qubes.ForwardNft" or service.startswith("qubes.ForwardStatus+")
         expected = {
             "stdin": subprocess.PIPE,
             "stdout": subprocess.PIPE,
             "stderr": subprocess.DEVNULL,
             "start_new_session": True,
         }
-        expected_user = None if self.connection != "socket" else "root" if is_cut else "user"
+        is_root = is_cut or service == "qubes.ForwardNft"
+        expected_user = None if self.connection != "socket" else "root" if is_root else "user"
         is_known = is_asked or service == "qubes.ForwardRevoke"
         if not is_known or autostart or popen != expected:
             unexpected((dest, service, autostart, popen))

@@ -137,15 +137,13 @@ def set_options(args: Namespace, session: Session) -> int:
     name, options = given.changes(args, session.now)
     if not options:
         raise UsageError("nothing to change: say what, such as expire=8h, or --expire 8h")
-    system, which = _system(args, session), ByName(args.qube, [] if name is None else [name])
     if args.was is not None:
         try:
             ForwardRule.parse(args.was)
         except RuleError as error:
             raise UsageError(f"--was: {error}") from None
-        entry = session.look().find(args.qube, name)
-        system = system._replace(seen={(entry.target, entry.name): Seen(args.was)})
-    changed = changing.set_options(system, which, options)
+    which, saw = ByName(args.qube, [] if name is None else [name]), args.was and Seen(args.was)
+    changed = changing.set_options(_system(args, session), which, options, saw)
     _warn_broken(changed.after.chosen(which), session)
     return report(changed, session, "changed", "as it was")
 
