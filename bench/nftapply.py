@@ -14,7 +14,7 @@ from qubes_fwd_qrexec.firewall.pathrules import Kept
 from qubes_fwd_qrexec.firewall.wanted import Firewall, Wanted
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 
-from .admin import command
+from .adminlab import command
 from .effort import Effort
 from .lines import Line, Result, Staged, each, turns
 from .road import NET, PATH
@@ -90,9 +90,9 @@ def _in_dom0() -> dict[str, float]:
 
         for port in _PORTS:
             add(port)
-        found = {"dom0": command(lab, "apply")}
+        found = {"dom0": command(lab, "apply").seconds}
         add(_PORTS[-1] + 1)
-        return found | {"dom0-more": command(lab, "apply")}
+        return found | {"dom0-more": command(lab, "apply").seconds}
 
 
 def _seconds(act: Callable[[], object]) -> float:

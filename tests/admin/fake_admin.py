@@ -339,10 +339,13 @@ def _features(app: FakeQubes, called: Called) -> str:
 
 
 def _feature(app: FakeQubes, called: Called) -> str:
-    value = app.lab.features(called.dest).get(called.arg or "")
-    if value is None:
-        raise QubesFeatureNotFoundError(f"Feature not set for domain {called.dest}: {called.arg}")
-    return value
+    try:
+        return (app.lab.qube_dir(called.dest).features / (called.arg or "")).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        text = f"Feature not set for domain {called.dest}: {called.arg}"
+        raise QubesFeatureNotFoundError(text) from None
+    except UnicodeDecodeError as error:
+        raise StoreError(str(error)) from error
 
 
 def _set(app: FakeQubes, called: Called) -> str:
