@@ -3,6 +3,7 @@
 
 import math
 import socket
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,48 @@ async def test_a_lease_that_is_renewed_lasts_in_the_target_too(
             async with bench.connect(port) as new_near, await accept(server) as new_far:
                 await echo_once(new_near, new_far)
             assert bench.pool.mux_calls == [mux_call]
+
+
+async def test_one_question_is_for_all_calls_where_the_first_are_full(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, port = FakeClient(tmp_path, "mux STREAMS_MAX=1"), port_of(server)
+    clock = Clock(monkeypatch)
+    async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
+        for _ in range(3):
+            near = await stack.enter_async_context(bench.connect(port))
+            await echo_once(near, await stack.enter_async_context(await accept(server)))
+        assert len(client.calls) == bench.pool.count == 3
+        for turn in range(2):
+            await clock.advance(_DUE_S - 1)
+            assert (len(client.calls), bench.pool.is_renewing) == (3 + turn, False)
+            await clock.advance(1)
+            await renewed(bench, client, 4 + turn)
+
+
+async def test_in_the_target_it_renews_each_of_the_calls_which_are_processes_there(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a lease as in the test above."""
+    port = port_of(server)
+    (tmp_path / "before").mkdir()
+    lease_s = max(3, math.ceil(10 * await a_call_takes_s(tmp_path / "before", server)))
+    monkeypatch.setattr(muxpool_module, "RENEW_AT_SHARE", 0.4)
+    monkeypatch.setattr(muxpool_module, "LOOK_S", 0.05)
+    client = FakeClient(tmp_path, f"mux LEASE_S={lease_s} STREAMS_MAX=1")
+    async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
+        ends = []
+        for _ in range(3):
+            near = await stack.enter_async_context(bench.connect(port))
+            ends.append((near, await stack.enter_async_context(await accept(server))))
+            await echo_once(*ends[-1])
+        mux_calls = list(bench.pool.mux_calls)
+        ready_at = max(mux_call.ready_at for mux_call in mux_calls)
+        await until(lambda: trio.current_time() > ready_at + lease_s + 0.2)
+        assert bench.pool.mux_calls == mux_calls
+        assert len(client.calls) > 3
+        for near, far in ends:
+            await echo_once(near, far)
 
 
 async def a_call_takes_s(directory: Path, server: socket.socket) -> float:
