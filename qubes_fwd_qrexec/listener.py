@@ -25,6 +25,7 @@ from .exposed import listeneroptions, qrexec
 from .exposed.call import CallTimeouts
 from .exposed.callwaits import CallWaits
 from .exposed.connected import clients
+from .exposed.connectiontable import TableMeans
 from .exposed.draining import AnyForward, Draining
 from .exposed.forward import Means, OpenForward
 from .exposed.freshlook import FreshLook
@@ -82,14 +83,11 @@ class Listener:
         """
         self.source = source
         self._qrexec_client = qrexec_client
-        self._calls_max = calls_max
-        self._timeouts = timeouts or CallTimeouts()
         self._drain_s = drain_s
-        self._linger_s = linger_s
         self._is_whole = is_whole
         self._status_dir = status_dir
         self._supervisor = supervisor
-        self._waits = waits
+        self._options = calls_max, timeouts or CallTimeouts(), linger_s, waits
         self.bugs = Bugs()
         self._since = int(time.time())
         self._refused: dict[str, str] = {}
@@ -105,6 +103,7 @@ class Listener:
         self._stopping = trio.Event()
         self._is_running = False
         self._means: Means
+        self._tasks: trio.Nursery
 
     @property
     def transports(self) -> Transports:
@@ -128,28 +127,24 @@ class Listener:
             open_status(self._status_dir, self) as close_status,
             trio.open_nursery() as watching,
         ):
-            async with trio.open_nursery() as tasks:
-                transports = Transports(
-                    self._qrexec_client,
-                    relays,
-                    tasks,
-                    self._calls_max,
-                    self._timeouts,
-                    self._linger_s,
-                    self._waits,
-                )
-                self._means = Means(transports, tasks, self.process)
-                try:
-                    await self._listen(task_status)
-                finally:
-                    for forward in self._all_forwards():
-                        forward.stop_listening()
-                    transports.drain()
-                if self._supervisor is not None:
-                    close_status()
-                    await self._supervisor.closed()
-                tasks.cancel_scope.deadline = trio.current_time() + self._drain_s
-                watching.start_soon(self._watch_while_draining)
+            watching.start_soon(relays.watch)
+            try:
+                async with trio.open_nursery() as self._tasks:
+                    transports = Transports(self._qrexec_client, relays, self._tasks, *self._options)
+                    self._means = Means(transports, TableMeans(self.process))
+                    try:
+                        await self._listen(task_status)
+                    finally:
+                        for forward in self._all_forwards():
+                            forward.stop_listening()
+                        transports.drain()
+                    if self._supervisor is not None:
+                        close_status()
+                        await self._supervisor.closed()
+                    watching.start_soon(self._watch_while_draining)
+            finally:
+                if not relays.has_failed:
+                    self._end_now()
             watching.cancel_scope.cancel()
 
     async def _listen(self, task_status: "trio.TaskStatus[None]") -> None:
@@ -186,10 +181,18 @@ class Listener:
             self.stop()
 
     async def _watch_while_draining(self) -> None:
-        """Go on following the configuration: dom0 may still end connections during the drain."""
-        while True:
-            await trio.sleep(LOOK_S)
-            self.look()
+        """Go on following the configuration, as dom0 may still end connections, until the drain is over."""
+        with trio.move_on_after(self._drain_s):
+            while True:
+                await trio.sleep(LOOK_S)
+                self.look()
+        self._end_now()
+
+    def _end_now(self) -> None:
+        """Abort all connections."""
+        for forward in self._all_forwards():
+            forward.cut()
+        self._tasks.cancel_scope.cancel()
 
     def look(self) -> None:
         """Do what is due: end what has expired, reload what has changed, try again what failed."""
@@ -204,7 +207,7 @@ class Listener:
     def stop(self) -> None:
         """Stop listening and let connections finish for a while; called again, abort them now."""
         if self._stopping.is_set() and self._is_running:
-            self._means.tasks.cancel_scope.cancel()
+            self._end_now()
         self._stopping.set()
 
     def reload(self) -> None:

@@ -84,8 +84,8 @@ class Joined:
         self.near = near
         self.far = far
         self.ends: dict[str, LegEnd] = {}
-        near.on_end = lambda how: self.ends.__setitem__("near", how)
-        far.on_end = lambda how: self.ends.__setitem__("far", how)
+        near.on_end = lambda leg: self.ends.__setitem__("near", leg.ended)
+        far.on_end = lambda leg: self.ends.__setitem__("far", leg.ended)
 
     def rest(self, seconds: float) -> None:
         """Make it so much longer ago that bytes moved last, at both ends, without waiting for that."""

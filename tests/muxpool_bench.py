@@ -13,14 +13,16 @@ from collected import Collected
 from handclock import HandClock
 from helpers import BOUND_S, no_fds_left, tcp_pair
 
-from qubes_fwd_qrexec.common.errors import RefusedError
+from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.values import TargetPorts
-from qubes_fwd_qrexec.exposed import muxcall, muxpool, streamcall, streampool
+from qubes_fwd_qrexec.exposed import guest, muxcall, muxpool, streamcall, streampool
 from qubes_fwd_qrexec.exposed.call import Ending
 from qubes_fwd_qrexec.exposed.callbudget import CallBudget
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
+from qubes_fwd_qrexec.exposed.connectionlog import How
+from qubes_fwd_qrexec.exposed.guest import Guest
 from qubes_fwd_qrexec.exposed.streampool import StreamPool
-from qubes_fwd_qrexec.mux import Origin, ProxyVersion
+from qubes_fwd_qrexec.mux import Origin
 from qubes_fwd_qrexec.relay.budget import Budget
 from qubes_fwd_qrexec.relay.mux import Mux
 from qubes_fwd_qrexec.relay.thread import RelayThread, open_relay_thread
@@ -36,15 +38,19 @@ class Bench:
         self.calls = calls
         self.relays = relays
         self.tasks = tasks
-        self.endings: Collected[Ending | RefusedError] = Collected()
+        self.endings: Collected[Ending] = Collected()
 
-    async def carry(self, accepted: socket.socket, port: int) -> None:
-        try:
-            self.endings.append(await self.pool.relay(accepted, port, ORIGIN, ProxyVersion.OFF))
-        except RefusedError as error:
-            self.endings.append(error)
-        finally:
-            accepted.close()
+    async def carry(self, accepted: socket.socket, port: int, origin: Origin = ORIGIN) -> None:
+        self.endings.append(await self.relay(accepted, port, origin))
+
+    async def relay(self, accepted: socket.socket, port: int, origin: Origin = ORIGIN) -> Ending:
+        """Carry a connection to this port of the target; its socket is closed in the end."""
+        config = ListenerConfig.parse(
+            "fwd.work.web",
+            "version=1 service=qubes.ForwardTCP transport=mux listen=127.0.0.1 side=vifs srchosts=any "
+            f"srcports={origin.exposed_port}-{origin.exposed_port} dstports={port}-{port}",
+        )
+        return await Guest(config, accepted, origin).relay(self.pool, self.relays)
 
     def connect(self, port: int) -> trio.SocketStream:
         """A client; its connection is carried from now on."""
@@ -54,9 +60,10 @@ class Bench:
 
     async def refusal(self, port: int) -> str:
         client, accepted = tcp_pair()
-        with client, accepted, pytest.raises(RefusedError) as caught, trio.fail_after(BOUND_S):
-            await self.pool.relay(accepted, port, ORIGIN, ProxyVersion.OFF)
-        return str(caught.value)
+        with client, trio.fail_after(BOUND_S):
+            ending = await self.relay(accepted, port)
+        assert (ending.error is None, ending.how) == (False, How.REFUSED)
+        return str(ending.error)
 
     @property
     def mux(self) -> Mux:
@@ -69,7 +76,7 @@ class Clock(HandClock):
     """The time by which mux calls are looked after."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__(monkeypatch, muxpool, muxcall, streampool, streamcall)
+        super().__init__(monkeypatch, muxpool, muxcall, streampool, streamcall, guest)
 
 
 @asynccontextmanager

@@ -327,9 +327,7 @@ async def test_many_connections_leave_nothing(tmp_path: Path, server: socket.soc
                 nursery.start_soon(serve, 10)
                 for _ in range(10):
                     nursery.start_soon(converse)
-            await until(
-                lambda: not any(forward.counters.connections for forward in listener.forwards.values())
-            )
+            await until(lambda: not any(forward.connections for forward in listener.forwards.values()))
 
 
 async def test_a_client_that_leaves_while_it_waits_makes_no_call(

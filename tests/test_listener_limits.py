@@ -44,7 +44,7 @@ async def connect_from(source: str, port: int) -> trio.SocketStream:
 
 
 def accounts(listener: Listener) -> list[Account]:
-    return [forward.account for forward in listener.forwards.values()]
+    return [forward.table.account for forward in listener.forwards.values()]
 
 
 # Limits
@@ -73,7 +73,7 @@ async def test_one_too_many_is_reset_at_once_and_the_others_are_unharmed(
     write_config(tmp_path / "config", port, port_of(server), limits=limits, transport=transport)
     async with running_listener(tmp_path / "config", client.command) as listener, AsyncExitStack() as undo:
         (forward,) = listener.forwards.values()
-        forward.account = Account(forward.config.limits, listener.process, lambda: 0.0)  # it all is at once
+        forward.table.account = Account(forward.config.limits, listener.process, lambda: 0.0)  # all at once
         pairs = []
         for _ in range(2):
             near = await undo.enter_async_context(await connect(port))

@@ -32,7 +32,8 @@ async def test_all_ports_are_closed_before_anything_is_waited_for(
     ports, config = [free_port() for _ in range(5)], tmp_path / "config"
     for number, port in enumerate(ports):
         write_config(config, port, port_of(server), key=f"fwd.work.w{number}", transport=transport)
-    async with running_listener(config, FakeClient(tmp_path, "serve").command) as listener:  # noqa: SIM117
+    command = FakeClient(tmp_path, "serve").command
+    async with running_listener(config, command, drain_s=BOUND_S) as listener:  # noqa: SIM117
         async with await connect(ports[0]) as near, await accept(server) as far:
             await echo_once(near, far)
             assert all(map(is_listening, ports))

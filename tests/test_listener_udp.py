@@ -159,6 +159,7 @@ async def test_a_call_that_fails_is_a_reason_of_its_own_and_dom0_is_left_alone(
     assert len(client.calls) == 1
 
 
+@pytest.mark.usefixtures("no_hurry")
 async def test_a_flow_whose_call_is_lost_keeps_its_place_and_has_a_new_one(tmp_path: Path) -> None:
     port, client = free_udp_port(), FakeClient(tmp_path, "flows")
     write_udp_config(tmp_path / "config", port)

@@ -75,7 +75,7 @@ class Ending:
     error: str | None
     sent_bytes: int
     received_bytes: int
-    refusal: Refusal | None = None
+    refusal: str | None = None
     how: How = How.CLOSED
 
 

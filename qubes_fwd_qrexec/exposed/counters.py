@@ -64,41 +64,23 @@ class Carried:
 
 
 class Counters:
-    """The figures of one forward since ``since`` (UNIX seconds). For trio's thread alone."""
+    """The figures of one forward since ``since`` (UNIX seconds); for the loop's thread alone."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self.since = clock()
         self.total = 0
         """How many connections were let in, however they ended."""
+        self.sent = self.received = 0
+        """Bytes from and to the clients of connections that have ended."""
         self.refusals: dict[str, int] = {}
         self.last_error: tuple[str, float] | None = None
         """What went wrong last, and when (UNIX seconds)."""
-        self._live: set[Carried] = set()
-        self._sent = self._received = 0
-
-    @property
-    def connections(self) -> int:
-        return len(self._live)
-
-    @property
-    def sent(self) -> int:
-        """Bytes from clients, including those of live connections."""
-        return self._sent + sum(carried.sent for carried in self._live)
-
-    @property
-    def received(self) -> int:
-        return self._received + sum(carried.received for carried in self._live)
-
-    def opened(self, carried: Carried) -> None:
-        """A connection was let in; `closed` must follow."""
-        self.total += 1
-        self._live.add(carried)
 
     def closed(self, carried: Carried) -> None:
-        self._live.discard(carried)
-        self._sent += carried.sent
-        self._received += carried.received
+        """A connection has ended."""
+        self.sent += carried.sent
+        self.received += carried.received
 
     def refused(self, reason: str) -> None:
         self.refusals[reason] = self.refusals.get(reason, 0) + 1

@@ -11,8 +11,6 @@ from collections import Counter
 from typing import Protocol
 from weakref import WeakSet
 
-import trio
-
 from qubes_fwd_qrexec.common.errors import LocalProtocolError
 from qubes_fwd_qrexec.common.values import IPAddress, TargetPorts
 from qubes_fwd_qrexec.mux import (
@@ -152,8 +150,7 @@ class FlowCall(MuxCall[FlowMux]):
         flow = self._flows.pop(flow_id, None)
         if flow is not None:
             self._count(client_key(flow.client), -1)
-            if not self._flows:
-                self.relays.tell(self._note_unused)
+            self.used_at = time.monotonic()
 
     def give_up(self) -> None:
         """The target drains, or should: take nothing new, and end with the last flow there is."""
@@ -166,9 +163,6 @@ class FlowCall(MuxCall[FlowMux]):
         if not self._by_client[key]:
             del self._by_client[key]
         self._sole = next(iter(self._by_client)) if len(self._by_client) == 1 else None
-
-    def _note_unused(self) -> None:
-        self.used_at = trio.current_time()
 
     # As the owner of the mux
 

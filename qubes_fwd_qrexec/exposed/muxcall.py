@@ -6,6 +6,7 @@ what it does for datagrams.
 """
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -42,7 +43,7 @@ class MuxCall(ABC, Generic[M]):
         self.mux: M | None = None
         self.ready_at = -math.inf
         self.used_at = -math.inf
-        """When something that it carried has last ended (trio's clock)."""
+        """When something that it carried has last ended (`time.monotonic`)."""
         self.opened = 0
         """How many streams or flows it was asked for."""
         self.was_let_go = False
@@ -109,7 +110,7 @@ class MuxCall(ABC, Generic[M]):
         """As the holder of a place: for how many seconds it has carried nothing; None if it does now."""
         if self.is_opening or self._is_draining or self.is_used:
             return None
-        return trio.current_time() - max(self.used_at, self.ready_at)
+        return min(trio.current_time() - self.ready_at, time.monotonic() - self.used_at)
 
     def make_room(self) -> None:
         """As the holder of a place: others need the call, so cut what it carries."""

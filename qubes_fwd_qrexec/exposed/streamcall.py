@@ -6,30 +6,29 @@
 
 import math
 import secrets
-import socket
 import time
-from collections.abc import Callable
-from functools import partial
+from typing import Protocol
 
-import trio
-
+from qubes_fwd_qrexec.common.errors import LocalProtocolError
 from qubes_fwd_qrexec.common.refusals import Refusal
+from qubes_fwd_qrexec.common.rules import Proxy
 from qubes_fwd_qrexec.common.values import TargetPorts
-from qubes_fwd_qrexec.mux import Connection, GoawayCode, Hello, OpenReceived, Origin, ProxyVersion, ResetCode
+from qubes_fwd_qrexec.mux import Connection as MuxConnection
+from qubes_fwd_qrexec.mux import GoawayCode, Hello, OpenReceived, ProxyVersion, ResetCode
 from qubes_fwd_qrexec.relay.budget import WINDOW_MAX_BYTES, Budget
 from qubes_fwd_qrexec.relay.leg import Leg
 from qubes_fwd_qrexec.relay.leg_end import LegEnd
 from qubes_fwd_qrexec.relay.mux import Mux
 from qubes_fwd_qrexec.relay.thread import RelayThread
 
-from .call import Ending
 from .callqueue import Key
+from .connection import Connection
 from .connectionlog import How
-from .counters import Carried
 from .crowd import client_key
 from .muxcall import MuxCall
 from .qrexec import Call
 
+_PROXY_VERSIONS = {Proxy.OFF: ProxyVersion.OFF, Proxy.V1: ProxyVersion.V1, Proxy.V2: ProxyVersion.V2}
 _HOW = {
     LegEnd.DONE: How.CLOSED,
     LegEnd.LOCAL_RESET: How.CLIENT_RESET,
@@ -46,30 +45,76 @@ _REFUSALS = {
 _TRY_AGAIN = frozenset((ResetCode.LEASE_OVER, ResetCode.SHUTDOWN))
 
 
-class RetryError(Exception):
-    """The stream was not begun and may be asked for again. ``is_targets``: the target refused it."""
+class StreamCallOwner(Protocol):
+    """Who is told about a call, in the loop's thread."""
 
-    def __init__(self, *, is_targets: bool) -> None:
-        super().__init__()
-        self.is_targets = is_targets
+    def call_ready(self) -> None:
+        """A call takes streams from now on."""
+
+    def not_begun(self, connection: Connection) -> None:
+        """The target has done nothing for the connection, for which no more is done here."""
 
 
 class StreamCall(MuxCall[Mux]):
     """A mux call that carries connections.
 
-    ``half_close_s``, ``idle_s``: see `Mux`.
+    All but what the holder of a place is asked belongs to the loop's thread. ``half_close_s``, ``idle_s``:
+    see `Mux`.
     """
 
     def __init__(
-        self, relays: RelayThread, ports: TargetPorts, budget: Budget, half_close_s: float, idle_s: float
+        self,
+        relays: RelayThread,
+        ports: TargetPorts,
+        owner: StreamCallOwner,
+        budget: Budget,
+        half_close_s: float,
+        idle_s: float,
     ) -> None:
         super().__init__(relays, ports)
+        self._owner = owner
         self._budget = budget
         self._half_close_s = half_close_s
         self._idle_s = idle_s
-        self._users: dict[Carried, Key] = {}
-        self.waiting: dict[Leg, Callable[[Ending | RetryError], None]] = {}
-        """For each stream, what to call with how it ended, in the loop's thread."""
+        self.connections: dict[Leg, Connection] = {}
+
+    # As a mux call
+
+    @property
+    def carries(self) -> int:
+        return 0 if self.mux is None else len(self.mux.legs)
+
+    @property
+    def is_used(self) -> bool:
+        return self.carries > 0
+
+    @property
+    def sole_user(self) -> tuple[Key, float] | None:
+        connections = tuple(self.connections.values())  # in one step, while the loop's thread may change it
+        keys = {client_key(connection.client) for connection in connections}
+        if self.is_opening or len(keys) != 1:
+            return None
+        return keys.pop(), time.monotonic() - max(connection.moved_at for connection in connections)
+
+    def make_mux(self, call: Call) -> Mux:
+        hello = Hello(WINDOW_MAX_BYTES, secrets.token_bytes(16))
+        return Mux(
+            self.relays.loop,
+            MuxConnection(hello, range(self.ports.first, self.ports.last + 1)),
+            call.stdout,
+            call.stdin,
+            self._budget,
+            self,
+            self._half_close_s,
+            self._idle_s,
+            hello_s=math.inf,
+        )
+
+    def cut(self) -> None:
+        for connection in list(self.connections.values()):
+            connection.make_room()
+
+    # For the pool
 
     @property
     def has_room(self) -> bool:
@@ -84,103 +129,52 @@ class StreamCall(MuxCall[Mux]):
             return False
         return 2 * len(mux.legs) < mux.connection.open_streams
 
-    @property
-    def carries(self) -> int:
-        return 0 if self.mux is None else len(self.mux.legs)
+    # As a carrier
 
-    @property
-    def is_used(self) -> bool:
-        return bool(self._users or self.carries)
-
-    @property
-    def sole_user(self) -> tuple[Key, float] | None:
-        keys = set(self._users.values())
-        if self.is_opening or len(keys) != 1:
-            return None
-        return keys.pop(), time.monotonic() - max(carried.moved_at for carried in self._users)
-
-    def make_mux(self, call: Call) -> Mux:
-        hello = Hello(WINDOW_MAX_BYTES, secrets.token_bytes(16))
-        connection = Connection(hello, range(self.ports.first, self.ports.last + 1))
-        return Mux(
-            self.relays.loop,
-            connection,
-            call.stdout,
-            call.stdin,
-            self._budget,
-            self,
-            self._half_close_s,
-            self._idle_s,
-            hello_s=math.inf,
+    def carry(self, connection: Connection) -> None:
+        """Ask for a stream. Raises LocalProtocolError unless it `has_room`."""
+        if self.mux is None:
+            raise LocalProtocolError("there is no call")
+        self.opened += 1
+        leg = self.mux.open(
+            connection.target_port,
+            connection.origin(),
+            connection.sock,
+            _PROXY_VERSIONS[connection.config.proxy],
         )
+        if leg is None:
+            connection.refuse(Refusal.BUSY, "this qube holds as many connections as it may")
+            return
+        connection.by = leg
+        connection.carrier = self
+        self.connections[leg] = connection
+        leg.on_end = self._leg_ended
 
-    def cut(self) -> None:
-        for leg, finish in list(self.waiting.items()):
-            del self.waiting[leg]
+    def forget(self, connection: Connection) -> bool:
+        """Nothing waits here."""
+        return False
+
+    def end(self, connection: Connection) -> None:
+        leg = connection.by
+        if isinstance(leg, Leg) and self._left(leg) is not None:
             leg.abort_from_here()
-            finish(Ending(None, leg.sent, leg.received, how=How.MADE_ROOM))
+            connection.over(How.CUT)
 
-    async def relay(
-        self,
-        accepted: socket.socket,
-        port: int,
-        origin: Origin,
-        proxy: ProxyVersion,
-        carried: Carried | None = None,
-    ) -> Ending:
-        """Carry one connection, and close or abort it in the end, unless the `Ending` has an error.
+    def _leg_ended(self, leg: Leg) -> None:
+        connection = self._left(leg)
+        if connection is not None and leg.ended is not None:
+            connection.over(_HOW[leg.ended])
 
-        Raises `RetryError` if it was not begun.
-        """
-        carried = carried or Carried(time.monotonic())
-        self._users[carried] = client_key(origin.client)
-        try:
-            return await self._relay(accepted, port, origin, proxy, carried)
-        finally:
-            del self._users[carried]
-            self.used_at = trio.current_time()
+    def _left(self, leg: Leg) -> Connection | None:
+        """Whose leg it was; None if that was asked before."""
+        self.used_at = time.monotonic()
+        return self.connections.pop(leg, None)
 
-    async def _relay(
-        self,
-        accepted: socket.socket,
-        port: int,
-        origin: Origin,
-        proxy: ProxyVersion,
-        carried: Carried,
-    ) -> Ending:
-        legs: list[Leg] = []
+    # As the owner of the mux
 
-        def begin(finish: Callable[[Ending | RetryError], None]) -> None:
-            if not self.has_room or self.mux is None:
-                finish(RetryError(is_targets=False))
-                return
-            self.opened += 1
-            leg = self.mux.open(port, origin, accepted, proxy)
-            if leg is None:
-                text = "this qube holds as many connections as it may"
-                finish(Ending(text, 0, 0, Refusal.BUSY, How.REFUSED))
-                return
-            legs.append(leg)
-            carried.by = leg
-            self.waiting[leg] = finish
-            leg.on_end = partial(self._leg_ended, leg)
-
-        def let_go() -> None:
-            for leg in legs:
-                self.waiting.pop(leg, None)
-                leg.abort_from_here()
-
-        result = await self.relays.wait(begin, let_go)
-        if isinstance(result, RetryError):
-            raise result
-        return result
-
-    def _leg_ended(self, leg: Leg, how: LegEnd) -> None:
-        finish = self.waiting.pop(leg, None)
-        if finish is not None:
-            finish(Ending(None, leg.sent, leg.received, how=_HOW[how]))
-
-    # As the owner of the mux, in the loop's thread
+    def ready(self) -> None:
+        super().ready()
+        self._owner.call_ready()
 
     def open_requested(self, event: OpenReceived) -> None:
         """Never called: the target cannot ask for streams."""
@@ -192,8 +186,12 @@ class StreamCall(MuxCall[Mux]):
         if code in _TRY_AGAIN and self.mux is not None and not self.mux.is_over:
             self.turn_away()  # the target drains, or should
             self.mux.drain(GoawayCode.SHUTDOWN)
-        finish = self.waiting.pop(leg, None)
-        if finish is not None:
+        connection = self._left(leg)
+        if connection is None:
+            return
+        if code in _TRY_AGAIN:
+            connection.call_tries += 1
+            self._owner.not_begun(connection)
+        else:
             error = _REFUSALS.get(code, f"the target reset the stream: {code.name}")
-            refused = Ending(error, 0, 0, Refusal.SERVER, How.REFUSED)
-            finish(RetryError(is_targets=True) if code in _TRY_AGAIN else refused)
+            connection.refuse(Refusal.SERVER, error)

@@ -1,49 +1,56 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Connections over the mux calls to one target: each waits, within bounds, for a call with room."""
+"""Connections over the mux calls to one target: each gets a call with room, or waits for one within bounds.
+
+All this happens in the loop's thread; only a call is made in trio's.
+"""
 
 import math
-import socket
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Collection
+from functools import partial
 
 import trio
 
-from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.values import TargetPorts
-from qubes_fwd_qrexec.mux import Origin, ProxyVersion
 from qubes_fwd_qrexec.relay.budget import Budget
+from qubes_fwd_qrexec.relay.copy import abort
+from qubes_fwd_qrexec.relay.loop import Timer
+from qubes_fwd_qrexec.relay.socketbuffers import WAITING_BYTES, set_size
 from qubes_fwd_qrexec.relay.thread import RelayThread
 
-from .call import Ending
 from .callbudget import CallBudget
 from .callqueue import CallQueue, Key, Kind, Wanted
-from .counters import Carried
+from .connection import Connection
+from .connectionlog import How
 from .crowd import client_key
-from .muxpool import LINGER_S, LOOK_S, OPEN_S, MuxPool
-from .streamcall import RetryError, StreamCall
+from .muxpool import LINGER_S, OPEN_S, MuxPool
+from .streamcall import StreamCall
 
 # docs/behaviours.md, 25: how many connections may wait for a mux call; OPEN_S bounds how long.
 WAITING_MAX = 1024
+# How many of them are served in one turn of the loop, so that streams which are there have theirs.
+_BURST = 16
 # How often to ask for a stream that the target did not begin.
 _TRIES = 3
+# How often to look whether one has waited for too long, or a call has room again.
+_LOOK_S = 0.1
 
 
 class _Waiter(Wanted):
     """A connection that waits for a mux call; its key is its client."""
 
-    __slots__ = ("is_refused", "scope")
+    __slots__ = ("connection",)
 
-    def __init__(self, kind: Kind, target: str, service: str, key: Key) -> None:
-        super().__init__(kind, target, service, key)
-        self.scope = trio.CancelScope()
-        self.is_refused = False
+    def __init__(self, target: str, service: str, connection: Connection) -> None:
+        super().__init__(Kind.SINGLE, target, service, client_key(connection.client))
+        self.connection = connection
 
 
 class StreamPool(MuxPool[StreamCall]):
     """The mux calls for connections to one target and one range of its ports.
 
-    ``waiting``: the connections for which there is no call yet. ``half_close_s``, ``idle_s``: see `Mux`.
+    ``half_close_s``, ``idle_s``: see `Mux`.
     """
 
     def __init__(
@@ -64,71 +71,152 @@ class StreamPool(MuxPool[StreamCall]):
         self._budget = budget
         self._half_close_s = half_close_s
         self._idle_s = idle_s
-        self.waiting: CallQueue[_Waiter] = CallQueue(WAITING_MAX)
+        self._queue: CallQueue[_Waiter] = CallQueue(WAITING_MAX)
+        self._waiters: dict[Connection, _Waiter] = {}
+        self._is_asking = False
+        self._timer: Timer | None = None
+
+    # As a pool, in trio's thread
 
     def make_call(self) -> StreamCall:
-        return StreamCall(self.relays, self.ports, self._budget, self._half_close_s, self._idle_s)
+        return StreamCall(self.relays, self.ports, self, self._budget, self._half_close_s, self._idle_s)
 
     def users(self) -> Collection[Key]:
-        return {waiter.key for waiter in self.waiting}
+        return self._queue.keys()
 
-    async def relay(
-        self,
-        accepted: socket.socket,
-        port: int,
-        origin: Origin,
-        proxy: ProxyVersion,
-        carried: Carried | None = None,
-    ) -> Ending:
-        """Carry one connection, and close it in the end, unless the `Ending` has an error.
+    @property
+    def waiting(self) -> int:
+        """How many connections wait for a call."""
+        return len(self._waiters)
 
-        Raises `RefusedError` if there is no mux call for it; the connection is untouched then.
-        """
-        deadline = trio.current_time() + OPEN_S
-        turned_away = 0
-        while True:
-            mux_call = await self._usable(deadline, client_key(origin.client))
-            try:
-                return await mux_call.relay(accepted, port, origin, proxy, carried)
-            except RetryError as error:
-                turned_away += error.is_targets
-            if turned_away >= _TRIES:
-                raise RefusedError(f"{self.target} took none of {_TRIES} requests for a stream")
+    def _ask(self) -> None:
+        if not self.is_retired:
+            self._tasks.start_soon(self._open_one)
+        else:
+            over = f"the forward to {self.target} is over"
+            self.relays.order(partial(self._settled, Refusal.NO_CALL, over), self._stop_asking)
 
-    async def _usable(self, deadline: float, user: Key) -> StreamCall:
-        """A mux call with room, opened if there is none. Raises `RefusedError` if that fails."""
-        while trio.current_time() < deadline:
-            if self.is_retired:
-                raise RefusedError(f"the forward to {self.target} is over")
-            for mux_call in self.mux_calls:
-                if mux_call.has_room:
-                    return mux_call
-            with self._waiting_one(user, deadline):
-                if any(mux_call.is_held_up for mux_call in self.mux_calls):
-                    await trio.sleep(LOOK_S)
-                    continue
-                opening = self.opening()
-                await opening.settled.wait()
-                if opening.problem is not None:
-                    kind = opening.refusal or Refusal.NO_CALL
-                    raise RefusedError(f"no mux call to {self.target}: {opening.problem}", kind)
-        raise RefusedError(f"no mux call to {self.target} within {OPEN_S:g} s")
+    async def _open_one(self) -> None:
+        opening = self.opening()
+        await opening.settled.wait()
+        kind = opening.refusal or Refusal.NO_CALL
+        self.relays.order(partial(self._settled, kind, opening.problem), self._stop_asking)
 
-    @contextmanager
-    def _waiting_one(self, user: Key, deadline: float) -> Iterator[None]:
+    # As a carrier, in the loop's thread
+
+    def carry(self, connection: Connection) -> None:
+        """Begin a stream for it, or have it wait for a call."""
+        if not self._waiters and (call := self._with_room()) is not None:
+            call.carry(connection)
+        else:
+            self._wait(connection)
+
+    def end(self, connection: Connection) -> None:
+        self.forget(connection)
+        abort(connection.sock)
+        connection.over(How.CUT)
+
+    def forget(self, connection: Connection) -> bool:
+        """Have it wait no more. Returns whether it did."""
+        waiter = self._waiters.pop(connection, None)
+        if waiter is None:
+            return False
+        self._queue.remove(waiter)
+        connection.carrier = None
+        return True
+
+    def _with_room(self) -> StreamCall | None:
+        """The first call that takes another stream now."""
+        for call in tuple(self.mux_calls):  # in one step, while trio's thread may change it
+            if call.has_room:
+                return call
+        return None
+
+    def _wait(self, connection: Connection) -> None:
         """If too many wait, the newest one of the client with most is refused, which may be this one."""
-        waiter = _Waiter(Kind.SINGLE, self.target, self.service, user)
-        displaced = self.waiting.add(waiter)
         try:
-            if displaced is not None:
-                displaced.is_refused = True
-                displaced.scope.cancel()
-            if not waiter.is_refused:
-                with waiter.scope, trio.move_on_at(deadline):
-                    yield
-        finally:
-            self.waiting.remove(waiter)
-        if waiter.is_refused:
-            raise RefusedError(
-                f"{WAITING_MAX} connections wait for a mux call to {self.target}", Refusal.BUSY
-            )
+            connection.sock.getpeername()  # a client that has left is not worth a call
+        except OSError as error:
+            connection.refuse(None, str(error))
+            return
+        set_size(connection.sock, WAITING_BYTES)
+        waiter = self._waiters[connection] = _Waiter(self.target, self.service, connection)
+        connection.carrier = self
+        displaced = self._queue.add(waiter)
+        if displaced is not None:
+            busy = f"{WAITING_MAX} connections wait for a mux call to {self.target}"
+            self._refuse(displaced.connection, Refusal.BUSY, busy)
+        self._look_later(_LOOK_S)
+        self._want_call()
+
+    def _want_call(self) -> None:
+        """Have one more call made, unless that is under way, or one has room in a moment."""
+        if not self._is_asking and not any(call.is_held_up for call in tuple(self.mux_calls)):
+            self._is_asking = True
+            self.relays.tell(self._ask)
+
+    def _refuse(self, connection: Connection, kind: Refusal, error: str) -> None:
+        self.forget(connection)
+        connection.refuse(kind, error)
+
+    def _serve(self) -> None:
+        """Begin streams for those that wait, the first to come first, as far as there is room."""
+        for _ in range(_BURST):
+            first = self._queue.first
+            if first is None:
+                return
+            call = self._with_room()
+            if call is None:
+                self._want_call()
+                return
+            self.forget(first.connection)
+            self.relays.loop.guarded(first.connection.fail, call.carry, first.connection)
+        self._look_later(0.0)
+
+    def _look_later(self, delay_s: float) -> None:
+        if self._timer is not None and delay_s:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.relays.loop.after(delay_s, self._look, self._fail_all)
+
+    def _look(self) -> None:
+        """Refuse who has waited for too long, and serve who may begin now."""
+        self._timer = None
+        before = time.monotonic() - OPEN_S
+        for connection in [one for one in self._waiters if one.since <= before]:
+            self._refuse(connection, Refusal.NO_CALL, f"no mux call to {self.target} within {OPEN_S:g} s")
+        self._serve()
+        if self._waiters:
+            self._look_later(_LOOK_S)
+
+    def _settled(self, kind: Refusal, problem: str | None) -> None:
+        """A call that was asked for is ready, or will never be."""
+        self._is_asking = False
+        if problem is None:
+            self._serve()
+            return
+        for connection in list(self._waiters):
+            self._refuse(connection, kind, f"no mux call to {self.target}: {problem}")
+
+    def _stop_asking(self) -> None:
+        """There was a bug when a call was settled."""
+        self._is_asking = False
+        self._fail_all()
+
+    def _fail_all(self) -> None:
+        for connection in list(self._waiters):
+            connection.fail()
+
+    # As the owner of the calls, in the loop's thread
+
+    def call_ready(self) -> None:
+        self._serve()
+
+    def not_begun(self, connection: Connection) -> None:
+        connection.carrier = connection.by = None
+        if connection.call_tries < _TRIES:
+            self.carry(connection)
+        else:
+            error = f"{self.target} took none of {_TRIES} requests for a stream"
+            connection.refuse(Refusal.NO_CALL, error)

@@ -1,33 +1,31 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Carries an accepted connection to its target, over the transport that its forward uses.
+"""What carries connections and flows to their targets, over the transport that their forward uses.
 
 `Transports` has what forwards share: the budget of calls, and the mux calls to each target.
 """
 
-import socket
-from ipaddress import ip_address
 from typing import Any
 
 import trio
 
-from qubes_fwd_qrexec.common.config import ListenerConfig, Service
-from qubes_fwd_qrexec.common.rules import Proxy, Transport
+from qubes_fwd_qrexec.common.config import ListenerConfig
+from qubes_fwd_qrexec.common.errors import RefusedError
+from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.values import TargetPorts
-from qubes_fwd_qrexec.mux import Origin, ProxyVersion
 from qubes_fwd_qrexec.relay.thread import RelayThread
 from qubes_fwd_qrexec.system.memory import memory_bytes
 
-from .call import Caller, CallTimeouts, Ending, relay_over_call
+from .call import CallTimeouts, Ending
 from .callbudget import CallBudget
 from .callwaits import CallWaits
-from .counters import Carried
-from .crowd import client_key
+from .connection import Carrier
+from .connectionlog import How
 from .flowpool import FlowPool
+from .guest import Guest
 from .limits import budget
 from .muxpool import LINGER_S, MuxPool
+from .singlecalls import SingleCalls
 from .streampool import StreamPool
-
-_PROXY_VERSIONS = {Proxy.OFF: ProxyVersion.OFF, Proxy.V1: ProxyVersion.V1, Proxy.V2: ProxyVersion.V2}
 
 _PoolKey = tuple[str, str, TargetPorts]
 _Shared = tuple[tuple[str, ...], CallBudget, str, str, TargetPorts, RelayThread, trio.Nursery]
@@ -53,42 +51,36 @@ class Transports:
         self._timeouts = timeouts
         self._linger_s = linger_s
         self._budget = budget(memory_bytes())
+        self._singles = SingleCalls(qrexec_client, self.calls, relays, tasks, timeouts)
         self.pools: dict[_PoolKey, StreamPool] = {}
         self.flow_pools: dict[_PoolKey, FlowPool] = {}
         self._is_draining = False
 
-    async def carry(
-        self,
-        config: ListenerConfig,
-        port: int,
-        accepted: socket.socket,
-        carried: Carried | None = None,
-        origin: Origin | None = None,
-    ) -> Ending:
-        """Carry a connection that was accepted on ``port``. After an `Ending` with an error, abort it.
+    def carrier(self, config: ListenerConfig) -> Carrier:
+        """What carries the connections of a forward."""
+        return self.pool(config) or self._singles
 
-        ``origin``: who connected, if ``accepted`` is not a TCP socket.
-
-        Raises `RefusedError` if there is no call for it, and OSError if the connection is gone.
-        """
-        origin = origin or _origin(accepted)
-        if config.transport is Transport.MUX:
-            pool = self._pool_for(config)
-            proxy = _PROXY_VERSIONS[config.proxy]
-            return await pool.relay(accepted, config.target_port(port), origin, proxy, carried)
-        caller = Caller(
-            self._qrexec_client,
-            config.target,
-            f"{config.service}+{config.target_port(port)}",
-            self.calls,
-            ((config.target, config.name), *client_key(origin.client)),
-            ends_with_server=config.service is Service.CONNECT_TCP,
-        )
-        return await relay_over_call(accepted, caller, self.relays, self._timeouts, carried)
+    async def carry(self, guest: Guest) -> Ending:
+        """Carry a connection of no forward. Raises `BugError` after a bug, and OSError if it is gone."""
+        pool = self.pool(guest.config)
+        if pool is not None:
+            return await guest.relay(pool, self.relays)
+        try:
+            return await self._singles.relay(guest)
+        except RefusedError as error:
+            return Ending(str(error), 0, 0, error.kind, How.REFUSED)
 
     def pool(self, config: ListenerConfig) -> StreamPool | None:
-        """The pool of mux calls that a forward uses; None before its first connection."""
-        return self.pools.get(_pool_key(config))
+        """The pool of mux calls that a forward uses; None if it has none."""
+        if config.transport is Transport.CALL:
+            return None
+        key = _pool_key(config)
+        if key not in self.pools:
+            times = self._timeouts.half_close_s, self._linger_s, self._timeouts.idle_s
+            self.pools[key] = StreamPool(*self._shared(config), self._budget, *times)
+            if self._is_draining:
+                self.pools[key].retire()
+        return self.pools[key]
 
     def flow_pool(self, config: ListenerConfig) -> FlowPool:
         """The pool of mux calls that a forward of UDP uses."""
@@ -112,18 +104,10 @@ class Transports:
     def drain(self) -> None:
         """The listener stops: open no more mux calls, and let each end with the last that it carries."""
         self._is_draining = True
+        self._singles.begin()
         pools: list[MuxPool[Any]] = [*self.pools.values(), *self.flow_pools.values()]
         for pool in pools:
             pool.retire()
-
-    def _pool_for(self, config: ListenerConfig) -> StreamPool:
-        key = _pool_key(config)
-        if key not in self.pools:
-            times = self._timeouts.half_close_s, self._linger_s, self._timeouts.idle_s
-            self.pools[key] = StreamPool(*self._shared(config), self._budget, *times)
-            if self._is_draining:
-                self.pools[key].retire()
-        return self.pools[key]
 
     def _shared(self, config: ListenerConfig) -> _Shared:
         """What a pool of either kind needs first."""
@@ -135,10 +119,3 @@ class Transports:
 def _pool_key(config: ListenerConfig) -> _PoolKey:
     """Target, service and ports, by which dom0 judges a mux call."""
     return config.target, config.service, config.target_ports
-
-
-def _origin(accepted: socket.socket) -> Origin:
-    """Who connected to what. Raises OSError if the client has left."""
-    client, client_port = accepted.getpeername()[:2]
-    exposed, exposed_port = accepted.getsockname()[:2]
-    return Origin(ip_address(client), client_port, ip_address(exposed), exposed_port)

@@ -11,7 +11,6 @@ from ipaddress import IPv4Address
 import trio
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
-from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.report import Answer, Trial
 from qubes_fwd_qrexec.common.values import Proto
@@ -22,6 +21,7 @@ from .call import Ending
 from .connectionlog import How
 from .counters import Carried
 from .flowpool import FlowPool
+from .guest import Guest
 from .transports import Transports
 
 # Less than dom0 waits for the whole answer (5 s).
@@ -37,25 +37,24 @@ async def try_out(config: ListenerConfig, transports: Transports, timeout_s: flo
     """
     if config.proto is Proto.UDP:
         return await _try_call(transports.flow_pool(config), timeout_s)
-    carried = Carried(trio.current_time())
-    found: Ending | Trial | None = None
+    found: Ending | None = None
     ours, theirs = socket.socketpair()
+    port = config.listen_ports.first
+    guest = Guest(config, theirs, Origin(_LOCALHOST, port, _LOCALHOST, port))
     try:
         theirs.setblocking(False)
         ours.shutdown(socket.SHUT_WR)
         with trio.move_on_after(timeout_s):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_leave_when_joined, carried, nursery.cancel_scope)
-                found = await _carry(config, transports, theirs, carried)
+                nursery.start_soon(_leave_when_joined, guest, nursery.cancel_scope)
+                found = await _carry(guest, transports)
                 nursery.cancel_scope.cancel()
     finally:
         ours.close()
         theirs.close()
-    if isinstance(found, Trial):
-        return found
     if found is not None and found.refusal is not None:
         return Trial(Answer.REFUSED, found.refusal, one_line(found.error or "refused"))
-    if _is_joined(carried) or (found is not None and found.error is None and found.how is How.CLOSED):
+    if _is_joined(guest) or (found is not None and found.error is None and found.how is How.CLOSED):
         return Trial(Answer.THROUGH, "", "the server in the target took a connection")
     if found is None:
         return Trial(Answer.SILENT, "", f"no answer within {timeout_s:g} s")
@@ -71,17 +70,11 @@ async def _try_call(pool: FlowPool, timeout_s: float) -> Trial:
     return Trial(Answer.SILENT, "", f"no answer within {timeout_s:g} s")
 
 
-async def _carry(
-    config: ListenerConfig, transports: Transports, sock: socket.socket, carried: Carried
-) -> Ending | Trial:
-    port = config.listen_ports.first
-    origin = Origin(_LOCALHOST, port, _LOCALHOST, port)
+async def _carry(guest: Guest, transports: Transports) -> Ending:
     try:
-        return await transports.carry(config, port, sock, carried, origin)
-    except RefusedError as error:
-        return Trial(Answer.REFUSED, error.kind, one_line(str(error)))
+        return await transports.carry(guest)
     except OSError as error:
-        return Trial(Answer.FAILED, "", one_line(str(error)))
+        return Ending(str(error), 0, 0, how=How.ABORTED)
 
 
 def _is_joined(carried: Carried) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Listening sockets, and an accept loop that survives any connection and any shortage."""
+"""Listening sockets, and accepting at them, which survives any connection and any shortage."""
 
 import contextlib
 import errno
@@ -7,8 +7,9 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from ipaddress import IPv6Address, ip_address
+from typing import Any
 
 import trio
 
@@ -21,14 +22,15 @@ from qubes_fwd_qrexec.system.logs import RateLimit, warn
 from qubes_fwd_qrexec.system.portholder import port_holder
 
 from .copy import abort, abort_by_default, keep_urgent_bytes
+from .loop import READ, Loop
 from .socketbuffers import MAX_BYTES, limit_segments, set_size
 
 _logger = logging.getLogger(__name__)
 
 # The kernel's default limit (net.core.somaxconn) since Linux 5.4: a burst waits here and needs no retries.
 _BACKLOG = 4096
-# How many are accepted in one go before other tasks get their turn.
-BURST = 64
+# How many are accepted in one go before others get their turn. Each takes some 0.1 ms in all.
+BURST = 16
 # docs/behaviours.md, 34: how long to wait until descriptors or memory are free.
 SHORTAGE_PAUSE_S = 0.2
 _SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
@@ -47,8 +49,14 @@ _PEERS_OWN = frozenset(
         errno.ENETUNREACH,
     )
 )
+# For how many addresses it is remembered what they are, beside the text that the socket module has.
+_ADDRESSES_MAX = 1024
 # Only privileged programs may bind ports below this one (net.ipv4.ip_unprivileged_port_start).
 _UNPRIVILEGED_PORT = 1024
+
+
+SocketAddress = tuple[Any, ...]
+"""As the socket module has it: host and port, and two numbers more for IPv6."""
 
 
 class BindError(ForwardError):
@@ -74,6 +82,7 @@ def open_listening(address: IPAddress, port: int) -> socket.socket:
         abort_by_default(sock)
         notice_dead_peers(sock)
         keep_urgent_bytes(sock)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         note_ingress(sock)
         # docs/behaviours.md, 17: the largest window that a client gets. Accepted sockets are set to less.
         set_size(sock, MAX_BYTES)
@@ -94,6 +103,71 @@ def bind_trouble(error: OSError, address: IPAddress, port: int, proto: Proto = P
     if error.errno == errno.EADDRNOTAVAIL:
         return "this qube does not have the address"
     return os.strerror(error.errno or 0)
+
+
+class Acceptor:
+    """Owns ``listening``, from `open_listening`, in a loop, and closes it with `close`. It passes every
+    connection, non-blocking, to ``accepted``, which owns it from then on, with the client's address.
+
+    If ``accepted`` raises, that counts as a bug, and the connection is aborted. ``limit`` is for log lines
+    about a shortage; use the same one for all sockets of the process, as they share what they run short of.
+
+    Raises OSError when the kernel can watch no more sockets; ``listening`` is the caller's then.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        listening: socket.socket,
+        accepted: Callable[[socket.socket, SocketAddress], None],
+        limit: RateLimit,
+    ) -> None:
+        self._loop = loop
+        self._listening = listening
+        self._accepted = accepted
+        self._limit = limit
+        loop.watch(listening.fileno(), READ, self._on_readable, self._pause)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._listening.fileno() < 0
+
+    def close(self) -> None:
+        """Accept no more; a second call changes nothing."""
+        if not self.is_closed:
+            self._loop.unwatch(self._listening.fileno())
+            shut_listening(self._listening)
+
+    def _on_readable(self, _events: int) -> None:
+        for _ in range(BURST):
+            try:
+                connection, peer = self._listening.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._failed(error)
+                return
+            connection.setblocking(False)
+            self._loop.guarded(partial(abort, connection), self._accepted, connection, peer)
+            if self.is_closed:
+                return
+
+    def _failed(self, error: OSError) -> None:
+        if error.errno in _SHORTAGE:
+            warn(_logger, self._limit, "shortage", f"cannot accept connections for now: {error.strerror}")
+            self._pause()
+        elif error.errno not in _PEERS_OWN:
+            self._loop.bugs.note(error)  # unknown, but other connections may come all the same
+            self._pause()
+
+    def _pause(self) -> None:
+        if not self.is_closed:
+            self._loop.change(self._listening.fileno(), 0)
+            self._loop.after(SHORTAGE_PAUSE_S, self._resume, self._pause)
+
+    def _resume(self) -> None:
+        if not self.is_closed:
+            self._loop.change(self._listening.fileno(), READ)
 
 
 async def accept_until_closed(
@@ -139,6 +213,7 @@ def peer_of(connection: socket.socket) -> Binding | None:
     return address_of(host), port
 
 
+@lru_cache(_ADDRESSES_MAX)
 def address_of(host: str) -> IPAddress:
     """An address as the socket module has it, IPv4 as IPv4."""
     address, _, zone = host.partition("%")
@@ -153,9 +228,13 @@ def close_listening(listening: socket.socket, *, is_shared: bool = False) -> Non
     for a moment longer. So the socket is shut down first, unless it ``is_shared`` with another process that
     goes on using it.
     """
-    if listening.fileno() < 0:
-        return
-    trio.lowlevel.notify_closing(listening)
+    if listening.fileno() >= 0:
+        trio.lowlevel.notify_closing(listening)
+        shut_listening(listening, is_shared=is_shared)
+
+
+def shut_listening(listening: socket.socket, *, is_shared: bool = False) -> None:
+    """The same where no task waits for it."""
     if not is_shared:
         with contextlib.suppress(OSError):
             listening.shutdown(socket.SHUT_RDWR)

@@ -42,8 +42,8 @@ class Leg(WatchedSocket):
 
     ``sent`` and ``received`` count the bytes into the mux call and out of it; ``moved_at`` is when some last
     moved (`time.monotonic`). ``has_eof``: the other end sends nothing more. ``ended`` is None while the leg
-    lives. ``is_bulk``: it has had its turn, and has more to send. ``seen``: see `looks`. It belongs to the
-    loop's thread.
+    lives; ``on_end`` is called with the leg when it has closed its socket. ``is_bulk``: it has had its turn,
+    and has more to send. ``seen``: see `looks`. It belongs to the loop's thread.
     """
 
     __slots__ = (
@@ -77,7 +77,7 @@ class Leg(WatchedSocket):
         self.has_eof = self.is_bulk = self.is_joined = False
         self.stream_id = stream_id
         self.ended: LegEnd | None = None
-        self.on_end: Callable[[LegEnd], None] | None = None
+        self.on_end: Callable[[Leg], None] | None = None
         self.sent = self.received = 0
         self.seen = BYTES
         self.moved_at = time.monotonic()
@@ -381,7 +381,7 @@ class Leg(WatchedSocket):
             else:
                 abort(self.sock)
             if self.on_end is not None and self.ended is not None:
-                self.on_end(self.ended)
+                self.on_end(self)
 
     def _let_go(self) -> None:
         """Give back everything but the socket; nothing calls this leg any more."""

@@ -104,6 +104,10 @@ class RelayThread:
         result: _T = await trio.lowlevel.wait_task_rescheduled(abort_fn)
         return result
 
+    async def watch(self) -> None:
+        """Wait for ever; raises `RuntimeError` when the thread has failed, even if nothing else waits."""
+        await self.wait(lambda finish: None, _go_on)
+
     def order(self, what: Callable[[], None], end: End) -> None:
         """Have the thread call ``what`` soon, in the order of these calls; and ``end`` if it raises."""
         self._orders.append((what, end))

@@ -18,7 +18,7 @@ import struct
 import time
 from collections.abc import Callable
 
-# For how long an answer of the kernel about an interface is good for other datagrams.
+# For how long an answer of the kernel about an interface is good for other connections and datagrams.
 KNOWN_S = 0.1
 # The same in every network namespace (include/net/net_namespace.h, LOOPBACK_IFINDEX).
 _LOOPBACK = 1
@@ -105,13 +105,8 @@ def is_by(index: int | None, group: int) -> bool:
     return index is not None and (index == _LOOPBACK or interface_group(index) == group)
 
 
-def came_by(connection: socket.socket, group: int) -> bool:
-    """Whether a connection came through an interface of this group, or from this qube; in doubt, no."""
-    return is_by(ingress(connection), group)
-
-
 class Sides:
-    """Answers for many datagrams what `is_by` says of each interface, and asks the kernel rarely."""
+    """Answers for many connections and datagrams what `is_by` says, and asks the kernel rarely."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -127,3 +122,8 @@ class Sides:
         if found is None:
             found = self._known[index, group] = is_by(index, group)
         return found
+
+    def came_by(self, connection: socket.socket, group: int) -> bool:
+        """Whether a connection came through an interface of this group, or from this qube; in doubt, no."""
+        index = ingress(connection)
+        return index is not None and self.is_by(index, group)

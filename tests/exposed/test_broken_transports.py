@@ -149,7 +149,7 @@ def test_a_server_whose_queue_is_full_is_an_abort_at_the_connect_timeout(tmp_pat
     with open_world(tmp_path) as world, ExitStack() as stack:
         way = world.forward()
         way.server.listen(0)
-        world.serve_with(way.mux_call, *with_constants("service", target__muxservice__CONNECT_TIMEOUT_S=0.5))
+        world.serve_with(way.mux_call, *with_constants("service", target__connecting__CONNECT_TIMEOUT_S=0.5))
         world.start_listener()
         for _ in range(3):
             filler = stack.enter_context(socket.socket())

@@ -12,33 +12,25 @@ class Moves:
         self.received = received
 
 
-def opened(counters: Counters) -> Carried:
-    carried = Carried(5.0)
-    counters.opened(carried)
-    return carried
-
-
-def test_bytes_include_those_of_live_and_ended_connections() -> None:
+def test_a_connection_has_the_bytes_of_what_carries_it_and_they_are_kept_when_it_ends() -> None:
     counters = Counters()
-    first, second = opened(counters), opened(counters)
-    assert (counters.sent, counters.received) == (0, 0)
+    first, second = Carried(5.0), Carried(5.0)
+    assert (first.sent, first.received) == (0, 0)
     first.by, second.by = Moves(1, 10), Moves(2, 20)
-    assert first.moved_at == 7.0
-    assert (counters.connections, counters.sent, counters.received) == (2, 3, 30)
+    assert (first.moved_at, first.sent, first.received) == (7.0, 1, 10)
     counters.closed(first)
     first.by = Moves(1000, 1000)  # whatever it does afterwards
-    assert (counters.connections, counters.sent, counters.received) == (1, 3, 30)
-    second.by = Moves(5, 50)
+    assert (counters.sent, counters.received) == (1, 10)
     counters.closed(second)
-    assert (counters.connections, counters.total, counters.sent, counters.received) == (0, 2, 6, 60)
+    assert (counters.sent, counters.received) == (3, 30)
 
 
 def test_a_connection_that_was_never_carried_has_no_bytes() -> None:
     counters = Counters()
-    carried = opened(counters)
+    carried = Carried(5.0)
     assert carried.moved_at == 5.0
     counters.closed(carried)
-    assert (counters.total, counters.sent, counters.received) == (1, 0, 0)
+    assert (counters.sent, counters.received) == (0, 0)
 
 
 def test_refusals_are_counted_by_reason_and_an_error_has_its_time() -> None:

@@ -7,10 +7,10 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
-import trio.testing
 from endings import CLIENT_ABORTS, SCRIPTS, Saw, Script, pattern, play, play_directly
 from helpers import (
     BOUND_S,
@@ -31,10 +31,11 @@ from helpers import (
 )
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
-from qubes_fwd_qrexec.exposed import call, forward
+from qubes_fwd_qrexec.exposed import call, connectiontable, forward, singlecalls
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
 from qubes_fwd_qrexec.exposed.forward import Means, OpenForward
+from qubes_fwd_qrexec.exposed.singlecalls import SingleCalls
 from qubes_fwd_qrexec.exposed.transports import Transports
 from qubes_fwd_qrexec.relay.copy import undelivered_bytes
 from qubes_fwd_qrexec.relay.thread import open_relay_thread
@@ -128,7 +129,7 @@ async def test_what_came_before_an_abort_is_delivered_to_a_slow_client(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More than the client's own buffer holds is still in ours when the server's abort is known."""
-    monkeypatch.setattr(forward, "DELIVERY_S", BOUND_S)
+    monkeypatch.setattr(singlecalls, "DELIVERY_S", BOUND_S)
     port = free_port()
     write_config(tmp_path / "config", port, port_of(server))
     sent = pattern(150_000)  # fits the send buffer that `acceptloop` sets
@@ -159,7 +160,7 @@ async def test_what_a_client_still_sends_is_read_while_its_last_bytes_wait() -> 
             while True:
                 accepted.send(bytes(65536))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(forward.delivered, accepted, BOUND_S)
+            nursery.start_soon(singlecalls.delivered, accepted, BOUND_S)
             left = 16 << 20  # more than all buffers of the kernel hold
 
             def all_taken() -> bool:
@@ -175,7 +176,7 @@ async def test_what_a_client_still_sends_is_read_while_its_last_bytes_wait() -> 
 async def test_a_client_that_never_reads_holds_an_abort_up_for_a_moment_only(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forward, "DELIVERY_S", 0.1)
+    monkeypatch.setattr(singlecalls, "DELIVERY_S", 0.1)
     port = free_port()
     write_config(tmp_path / "config", port, port_of(server))
     async with running_listener(tmp_path / "config", FakeClient(tmp_path, "serve").command) as listener:
@@ -187,7 +188,6 @@ async def test_a_client_that_never_reads_holds_an_abort_up_for_a_moment_only(
                     await far_stream.send_all(bytes(30 << 20))
                 far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                 far_stream.socket.close()
-                listener._means.tasks.cancel_scope.deadline = trio.current_time() + BOUND_S
                 serving.close()
                 await until(lambda: not serving.live)
 
@@ -204,14 +204,18 @@ def config(port: int, **options: str) -> ListenerConfig:
 @asynccontextmanager
 async def means(client: tuple[str, ...]) -> AsyncIterator[Means]:
     async with open_relay_thread() as relays, trio.open_nursery() as tasks:
-        yield Means(Transports(client, relays, tasks, 32, CallTimeouts()), tasks)
+        tasks.start_soon(relays.watch)
+        yield Means(Transports(client, relays, tasks, 32, CallTimeouts()))
         tasks.cancel_scope.cancel()
 
 
 async def test_what_drains_after_a_narrowing_is_cut_when_its_time_is_over(
-    tmp_path: Path, server: socket.socket, mock_clock: trio.testing.MockClock
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what is allowed again meanwhile, to the same port of the target, goes on."""
+    clock = [time.monotonic()]
+    monkeypatch.setattr(connectiontable, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(connectiontable, "TICK_S", 0.01)
     port = free_port()
     wide = {"srchosts": "127.0.0.0/8", "dstports": f"{port_of(server)}-{port_of(server)}"}
     async with means(FakeClient(tmp_path, "serve").command) as having:
@@ -220,12 +224,12 @@ async def test_what_drains_after_a_narrowing_is_cut_when_its_time_is_over(
             await echo_once(client, far)
             for change in ({"srchosts": "127.0.0.2/32"}, {}, {"dstports": "1-1"}):
                 serving.reconfigure(config(port, **(wide | change), on_expire="drain"))
-                mock_clock.jump(forward.DRAIN_MAX_S - 1 if change else forward.DRAIN_MAX_S)
+                clock[0] += forward.DRAIN_MAX_S - 1 if change else forward.DRAIN_MAX_S
                 await echo_once(client, far)
             # Nor does an unrelated change give it more time.
             changed = config(port, **(wide | {"dstports": "1-1"}), on_expire="drain", limits="rate:9")
             serving.reconfigure(changed)
-            mock_clock.jump(2)
+            clock[0] += 2
             assert await is_reset(client)
         serving.close()
 
@@ -254,7 +258,7 @@ async def test_a_bug_ends_its_connection_and_nothing_else(
     async def fail(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(Transports, "carry", fail)
+    monkeypatch.setattr(SingleCalls, "relay", fail)
     port = free_port()
     async with means(("unused",)) as having:
         serving = OpenForward(config(port), having)
@@ -262,14 +266,18 @@ async def test_a_bug_ends_its_connection_and_nothing_else(
             async with await trio.open_tcp_stream("127.0.0.1", port) as near:
                 with trio.fail_after(BOUND_S), pytest.raises(trio.BrokenResourceError):
                     await near.receive_some()
-        assert not serving.live
+        await until(lambda: not serving.live)
         serving.close()
-        assert having.bugs.count == 2
+        assert having.transports.relays.loop.bugs.count == 2
     (record,) = (record for record in caplog.records if "a bug" in record.message)
     assert record.exc_info is not None
 
 
 async def test_a_failed_relay_thread_is_the_end_of_all(tmp_path: Path) -> None:
+
+    def crash() -> None:
+        raise SystemExit("a bug of the loop itself")
+
     port = free_port()
     with pytest.raises(BaseException) as caught:  # noqa: PT011, PT012
         async with means(FakeClient(tmp_path, "hang").command) as having:
@@ -277,7 +285,7 @@ async def test_a_failed_relay_thread_is_the_end_of_all(tmp_path: Path) -> None:
             try:
                 async with await trio.open_tcp_stream("127.0.0.1", port):
                     await until(lambda: having.transports.relays.waiting)
-                    having.transports.relays.order(having.transports.relays.loop.close, nobody)
+                    having.transports.relays.order(crash, nobody)
                     with trio.fail_after(BOUND_S):
                         await trio.sleep_forever()
             finally:

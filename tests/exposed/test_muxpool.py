@@ -24,13 +24,12 @@ from helpers import (
     tcp_pair,
     until,
 )
-from muxpool_bench import ORIGIN, Clock, end_well, one, pool_to
+from muxpool_bench import Clock, end_well, one, pool_to
 
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.values import TargetPorts
 from qubes_fwd_qrexec.exposed.call import Ending
 from qubes_fwd_qrexec.exposed.muxcall import MuxCall
-from qubes_fwd_qrexec.mux import ProxyVersion
 from qubes_fwd_qrexec.relay.budget import FLOOR_BYTES, Budget
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")
@@ -73,20 +72,21 @@ async def test_a_range_is_one_call_and_every_port_its_own_server(
             await echo_once(near, far)
         async with bench.connect(port - 1):
             await bench.endings.reach(2)
-        assert [e for e in bench.endings if isinstance(e, Ending) and e.error and "refused" in e.error]
+        assert [e for e in bench.endings if e.error and "refused" in e.error]
     assert client.calls == [f"work qubes.ForwardTCP+{ports.brief()}+mux"]
 
 
-async def test_a_refused_connection_is_left_to_the_caller(tmp_path: Path) -> None:
+async def test_a_refused_connection_is_an_abort(tmp_path: Path) -> None:
     port = free_port()
     async with pool_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
         client, accepted = tcp_pair()
-        with client, accepted, trio.fail_after(BOUND_S):
+        with client, trio.fail_after(BOUND_S):
             client.send(b"unread")
-            ending = await bench.pool.relay(accepted, port, ORIGIN, ProxyVersion.OFF)
+            ending = await bench.relay(accepted, port)
             error = "the server in the target refused the connection"
             assert ending == Ending(error, 0, 0, Refusal.SERVER, "refused")
-            assert accepted.recv(10) == b"unread"
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
 
 
 async def test_a_full_budget_refuses_here(tmp_path: Path, server: socket.socket) -> None:
@@ -96,10 +96,7 @@ async def test_a_full_budget_refuses_here(tmp_path: Path, server: socket.socket)
     async with pool_to(command, one(port), budget=budget) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            client, accepted = tcp_pair()
-            with client, accepted:
-                ending = await bench.pool.relay(accepted, port, ORIGIN, ProxyVersion.OFF)
-                assert ending.error == "this qube holds as many connections as it may"
+            assert await bench.refusal(port) == "this qube holds as many connections as it may"
 
 
 # Several
@@ -143,6 +140,7 @@ async def test_slots_that_wait_for_an_answer_are_waited_for(
                 abort_stream(bench.connect(port))
             await bench.endings.reach(2)
             async with bench.connect(port) as waiting:
+                await until(lambda: bench.pool.waiting)
                 await clock.advance(5)
                 assert bench.pool.waiting
                 assert len(bench.pool.mux_calls) == 1
@@ -200,7 +198,7 @@ async def test_a_cancellation_at_any_moment_leaves_nothing(
         assert not bench.pool.waiting
         assert (budget.streams, budget.shared_left) == (0, Budget().shared_left)
         assert not bench.relays.has_failed
-        assert not any(mux_call.waiting for mux_call in bench.pool.mux_calls)
+        assert not any(mux_call.connections for mux_call in bench.pool.mux_calls)
 
 
 async def test_a_call_that_cannot_be_watched_is_that_mux_calls_trouble(

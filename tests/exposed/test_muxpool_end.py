@@ -13,7 +13,7 @@ from helpers import FakeClient, accept, children, echo_once, is_reset, port_of, 
 from muxpool_bench import Clock, end_well, one, pool_to
 
 from qubes_fwd_qrexec.common.allowance import Allowance, Revoked
-from qubes_fwd_qrexec.common.errors import RefusedError
+from qubes_fwd_qrexec.exposed.connectionlog import How
 from qubes_fwd_qrexec.target import callnotes, revocation
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")
@@ -105,7 +105,7 @@ async def test_retired_they_end_with_their_last_stream_and_open_no_other(
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
             bench.pool.retire()
-            assert await bench.refusal(port) == "the forward to work is over"
+            assert await bench.refusal(port) == "no mux call to work: the forward to work is over"
             await echo_once(near, far)
             await end_well(near, far)
         await until(lambda: not bench.pool.mux_calls)
@@ -120,7 +120,7 @@ async def test_retired_while_it_opens_it_ends(tmp_path: Path, server: socket.soc
             bench.pool.retire()
             await bench.endings.reach(1)
             await until(lambda: not bench.pool.mux_calls)
-        assert all(isinstance(ending, RefusedError) for ending in bench.endings)
+        assert [ending.how for ending in bench.endings] == [How.REFUSED]
 
 
 async def test_idle_for_too_long_is_an_abort_at_both_ends(

@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import socket
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -28,14 +28,13 @@ from helpers import (
 from loop_time import slow_timers
 from muxpool_bench import ORIGIN, Clock, one, pool_to
 
-from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.report import Way
 from qubes_fwd_qrexec.exposed import muxpool as muxpool_module
 from qubes_fwd_qrexec.exposed import streampool as streampool_module
 from qubes_fwd_qrexec.exposed.callqueue import Kind
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
+from qubes_fwd_qrexec.exposed.connectionlog import How
 from qubes_fwd_qrexec.exposed.crowd import client_key
-from qubes_fwd_qrexec.mux import ProxyVersion
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")
 
@@ -77,7 +76,7 @@ async def test_everybody_who_waits_is_refused_when_the_call_dies_before_hello(tm
         for _ in range(20):
             await stack.enter_async_context(bench.connect(port))
         await bench.endings.reach(20)
-        assert all(isinstance(ending, RefusedError) for ending in bench.endings)
+        assert all(ending.how is How.REFUSED for ending in bench.endings)
     assert len(client.calls) == 1
 
 
@@ -89,13 +88,13 @@ async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch
     async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(5):
             await stack.enter_async_context(bench.connect(port))
-        await until(lambda: len(bench.pool.waiting) == 5 and client.calls)
+        await until(lambda: bench.pool.waiting == 5 and client.calls)
         assert await bench.refusal(port) == "5 connections wait for a mux call to work"
         await clock.advance(119.9)
         assert not bench.endings
         await clock.advance(0.1)
-        assert {str(ending) for ending in bench.endings} == {"no mux call to work within 120 s"}
-        assert len(bench.endings) == 5
+        await bench.endings.reach(5)
+        assert {ending.error for ending in bench.endings} == {"no mux call to work within 120 s"}
         assert not bench.pool.waiting
     assert len(client.calls) == 1
 
@@ -109,13 +108,13 @@ async def test_one_client_cannot_take_all_places_in_the_queue(
     async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(5):
             await stack.enter_async_context(bench.connect(port))
-        await until(lambda: len(bench.pool.waiting) == 5)
+        await until(lambda: bench.pool.waiting == 5)
         ours, accepted = tcp_pair()
-        with ours, accepted:
-            bench.tasks.start_soon(bench.pool.relay, accepted, port, other, ProxyVersion.OFF)
+        with ours:
+            bench.tasks.start_soon(bench.carry, accepted, port, other)
             await bench.endings.reach(1)
-            assert str(bench.endings[0]) == "5 connections wait for a mux call to work"
-            assert client_key(other.client) in {waiter.key for waiter in bench.pool.waiting}
+            assert bench.endings[0].error == "5 connections wait for a mux call to work"
+            assert client_key(other.client) in bench.pool.users()
             bench.tasks.cancel_scope.cancel()
 
 
@@ -138,7 +137,7 @@ async def test_a_call_that_hangs_is_ended_before_the_target_took_it_or_behind(
         await bench.endings.reach(1)
         await near.aclose()
         await until(lambda: not bench.pool.mux_calls)
-        assert str(bench.endings[0]) in (f"no mux call to work: {words}", "no mux call to work within 0.2 s")
+        assert bench.endings[0].error in (f"no mux call to work: {words}", "no mux call to work within 0.2 s")
         assert bench.calls.calls == 0
 
 
@@ -209,8 +208,8 @@ async def test_a_target_that_gives_mux_calls_up_is_no_flood_of_calls(tmp_path: P
     async with pool_to(client.command, one(port), waits=NEVER_AGAIN) as bench:
         for _ in range(20):
             near, accepted = tcp_pair()
-            with near, accepted, trio.fail_after(BOUND_S), suppress(RefusedError):
-                await bench.pool.relay(accepted, port, ORIGIN, ProxyVersion.OFF)
+            with near, trio.fail_after(BOUND_S):
+                await bench.relay(accepted, port)
     assert len(client.calls) <= 3
 
 

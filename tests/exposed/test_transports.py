@@ -3,7 +3,8 @@
 
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -28,15 +29,18 @@ from helpers import (
 )
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
-from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.report import Answer
 from qubes_fwd_qrexec.exposed.call import CallTimeouts, Ending
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
+from qubes_fwd_qrexec.exposed.guest import Guest
 from qubes_fwd_qrexec.exposed.transports import Transports
 from qubes_fwd_qrexec.listener import Listener
+from qubes_fwd_qrexec.mux import Origin
 from qubes_fwd_qrexec.relay.copy import half_close
 from qubes_fwd_qrexec.relay.thread import open_relay_thread
 from qubes_fwd_qrexec.system.configsource import FileSource
+
+ORIGIN = Origin(ip_address("192.0.2.1"), 40_000, ip_address("198.51.100.2"), 1000)
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")
 
@@ -74,7 +78,7 @@ async def carry_one(transports: Transports, chosen: ListenerConfig, server: sock
 
             @nursery.start_soon
             async def carry() -> None:
-                endings.append(await transports.carry(chosen, 1000, accepted))
+                endings.append(await transports.carry(Guest(chosen, accepted, ORIGIN)))
 
             near = trio.SocketStream(trio.socket.from_stdlib_socket(client))
             async with await accept(server) as far:
@@ -113,27 +117,26 @@ async def test_the_server_is_told_who_connected(tmp_path: Path, server: socket.s
     async with transports_over(FakeClient(tmp_path, "serve").command) as (transports, tasks):
         client, accepted = tcp_pair()
         with client, accepted:
-            tasks.start_soon(transports.carry, config(port, proxy=version), 1000, accepted)
+            tasks.start_soon(transports.carry, Guest(config(port, proxy=version), accepted, ORIGIN))
             async with await accept(server) as far:
                 header = await far.receive_some()
                 if version == "v1":
-                    (_, there), (_, here) = client.getsockname(), client.getpeername()
-                    assert header == f"PROXY TCP4 127.0.0.1 127.0.0.1 {there} {here}\r\n".encode()
+                    assert header == b"PROXY TCP4 192.0.2.1 198.51.100.2 40000 1000\r\n"
                 else:
                     assert header.startswith(b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c")
             client.close()
             await until(lambda: accepted.fileno() < 0)
 
 
-async def test_a_client_that_has_left_makes_no_call(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["call", "mux"])
+async def test_a_client_that_has_left_makes_no_call(tmp_path: Path, transport: str) -> None:
     fake = FakeClient(tmp_path, "serve")
     async with transports_over(fake.command) as (transports, _):
         client, accepted = tcp_pair()
         with accepted:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             client.close()
-            with pytest.raises(OSError, match="not connected"):
-                await transports.carry(config(80), 1000, accepted)
+            assert "not connected" in await error_of(transports, config(80, transport=transport), accepted)
     assert fake.calls == []
 
 
@@ -141,8 +144,19 @@ async def test_a_client_that_has_left_makes_no_call(tmp_path: Path) -> None:
 async def test_a_client_program_that_is_not_there_is_a_refusal(transport: str) -> None:
     async with transports_over(("/nonexistent/client",)) as (transports, _):
         client, accepted = tcp_pair()
-        with client, accepted, pytest.raises(RefusedError, match="cannot start /nonexistent/client: No such"):
-            await transports.carry(config(80, transport=transport), 1000, accepted)
+        with client, accepted:
+            error = await error_of(transports, config(80, transport=transport), accepted)
+            assert "cannot start /nonexistent/client: No such" in error
+
+
+async def error_of(transports: Transports, chosen: ListenerConfig, accepted: socket.socket) -> str:
+    with trio.fail_after(BOUND_S):
+        try:
+            ending = await transports.carry(Guest(chosen, accepted, ORIGIN))
+        except OSError as error:
+            return str(error)
+    assert ending.error is not None
+    return ending.error
 
 
 @pytest.mark.parametrize("mode", ["exit126", "exit127"])
@@ -155,8 +169,8 @@ async def test_after_a_refusal_a_new_configuration_asks_again(
 
         async def ask() -> None:
             client, accepted = tcp_pair()
-            with client, accepted, trio.fail_after(BOUND_S), suppress(RefusedError):
-                assert (await transports.carry(chosen, 1000, accepted)).error
+            with client, accepted:
+                assert await error_of(transports, chosen, accepted)
 
         for _ in range(3):
             await ask()

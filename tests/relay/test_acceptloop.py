@@ -2,28 +2,31 @@
 import errno
 import os
 import socket
+import struct
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
+from typing import Self
 
 import pytest
-import trio
-from collected import Collected
 from helpers import BOUND_S, free_port, no_fds_left, port_of, tcp_pair
-from trio.testing import wait_all_tasks_blocked
 
 from qubes_fwd_qrexec.common.values import address_text
 from qubes_fwd_qrexec.relay import acceptloop
 from qubes_fwd_qrexec.relay.acceptloop import (
+    Acceptor,
     BindError,
-    accept_until_closed,
+    SocketAddress,
     address_of,
     close_listening,
     open_listening,
     peer_of,
 )
 from qubes_fwd_qrexec.relay.copy import abort
+from qubes_fwd_qrexec.relay.loop import Loop
 from qubes_fwd_qrexec.system.bugs import Bugs
 from qubes_fwd_qrexec.system.logs import RateLimit
 
@@ -82,47 +85,58 @@ def test_no_socket_at_all_is_a_bind_error(monkeypatch: pytest.MonkeyPatch) -> No
         open_listening(IPv6Address("::1"), 80)
 
 
-def means() -> tuple[RateLimit, Bugs]:
-    return RateLimit(), Bugs()
+class Accepting:
+    """An acceptor in a loop; ``accepted`` are the connections, with the clients' addresses."""
 
-
-class Acceptor:
-    def __init__(self) -> None:
-        self.listening = open_listening(IPv4Address("127.0.0.1"), 0)
+    def __init__(self, listening: socket.socket | None = None, bugs: Bugs | None = None) -> None:
+        self.loop = Loop(bugs)
+        self.accepted: dict[SocketAddress, socket.socket] = {}
+        self.listening = listening or open_listening(IPv4Address("127.0.0.1"), 0)
         self.port = port_of(self.listening)
-        self.accepted: Collected[socket.socket] = Collected()
+        self.acceptor = Acceptor(self.loop, self.listening, self.take, RateLimit())
+
+    def take(self, sock: socket.socket, peer: SocketAddress) -> None:
+        self.accepted[peer] = sock
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port))
+        return socket.create_connection(("127.0.0.1", self.port), BOUND_S)
 
-    def close(self) -> None:
-        for sock in self.accepted:
+    def reach(self, count: int) -> None:
+        """Turn until so many are accepted."""
+        until_s = time.monotonic() + BOUND_S
+        while len(self.accepted) < count:
+            assert time.monotonic() < until_s
+            self.loop.run_once(BOUND_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.acceptor.close()
+        self.loop.close()
+        for sock in self.accepted.values():
             sock.close()
-        self.listening.close()
 
 
-async def test_a_burst_is_accepted_and_each_connection_is_ready_for_the_relay() -> None:
-    acceptor = Acceptor()
-    clients = [acceptor.connect() for _ in range(acceptloop.BURST + 10)]
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(accept_until_closed, acceptor.listening, acceptor.accepted.append, *means())
-        await acceptor.accepted.reach(len(clients))
-        close_listening(acceptor.listening)
-    assert not any(sock.getblocking() or sock.get_inheritable() for sock in acceptor.accepted)
-    for sock in clients:
-        sock.close()
-    acceptor.close()
+def test_a_burst_is_accepted_in_turns_and_each_connection_is_ready_for_the_relay() -> None:
+    with no_fds_left(), ExitStack() as clients, Accepting() as accepting:
+        ours = {clients.enter_context(accepting.connect()) for _ in range(acceptloop.BURST + 10)}
+        accepting.loop.run_once(BOUND_S)
+        assert len(accepting.accepted) == acceptloop.BURST
+        accepting.reach(len(ours))
+        assert set(accepting.accepted) == {sock.getsockname() for sock in ours}
+        for sock in accepting.accepted.values():
+            assert not sock.getblocking()
+            assert not sock.get_inheritable()
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == struct.pack("ii", 1, 0)
 
 
-async def test_what_the_kernel_holds_for_a_connection_is_set_and_does_not_grow() -> None:
+def test_what_the_kernel_holds_for_a_connection_is_set_and_does_not_grow() -> None:
     """docs/behaviours.md, 17; of what is asked for the kernel takes net.core.?mem_max, and doubles it."""
-    acceptor = Acceptor()
-    with acceptor.connect() as client:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(accept_until_closed, acceptor.listening, acceptor.accepted.append, *means())
-            await acceptor.accepted.reach(1)
-            close_listening(acceptor.listening)
-        (accepted,) = acceptor.accepted
+    with Accepting() as accepting, accepting.connect() as client:
+        accepting.reach(1)
+        (accepted,) = accepting.accepted.values()
         held = [
             accepted.getsockopt(socket.SOL_SOCKET, which) for which in (socket.SO_SNDBUF, socket.SO_RCVBUF)
         ]
@@ -140,50 +154,62 @@ async def test_what_the_kernel_holds_for_a_connection_is_set_and_does_not_grow()
             accepted.getsockopt(socket.SOL_SOCKET, which) for which in (socket.SO_SNDBUF, socket.SO_RCVBUF)
         ]
         assert after == held
-    acceptor.close()
 
 
 def most_bytes(name: str) -> int:
     return int(Path(f"/proc/sys/net/core/{name}").read_text())
 
 
-async def test_closing_ends_a_waiting_acceptor_and_one_that_has_not_begun() -> None:
-    with no_fds_left(), trio.fail_after(BOUND_S):
-        for turns in range(3):
-            acceptor = Acceptor()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(
-                    accept_until_closed, acceptor.listening, acceptor.accepted.append, *means()
-                )
-                for _ in range(turns):
-                    await wait_all_tasks_blocked()
-                close_listening(acceptor.listening)
+def test_closed_it_accepts_nobody_and_a_second_time_changes_nothing() -> None:
+    with no_fds_left(), Accepting() as accepting, accepting.connect() as client:
+        for _ in range(2):
+            accepting.acceptor.close()
+        assert accepting.acceptor.is_closed
+        assert not accepting.loop.watched
+        accepting.loop.run_once(0)
+        assert not accepting.accepted
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+
+
+def test_a_copy_in_a_starting_child_keeps_no_port_open() -> None:
+    with Accepting() as accepting, accepting.listening.dup():
+        accepting.acceptor.close()
+        with pytest.raises(ConnectionRefusedError):
+            accepting.connect()
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
-async def test_a_copy_in_a_starting_child_keeps_no_port_open_unless_it_is_shared(is_shared: bool) -> None:
-    acceptor = Acceptor()
-    with acceptor.listening.dup():
-        close_listening(acceptor.listening, is_shared=is_shared)
-        close_listening(acceptor.listening)
+async def test_a_copy_in_another_process_keeps_the_port_open_only_if_it_is_shared(is_shared: bool) -> None:
+    listening = open_listening(IPv4Address("127.0.0.1"), 0)
+    address = listening.getsockname()
+    with listening.dup():
+        close_listening(listening, is_shared=is_shared)
+        close_listening(listening)
         if is_shared:
-            acceptor.connect().close()
+            socket.create_connection(address).close()
         else:
             with pytest.raises(ConnectionRefusedError):
-                acceptor.connect()
+                socket.create_connection(address)
 
 
-async def test_closing_from_within_an_accepted_connection_is_fine() -> None:
-    acceptor = Acceptor()
-    with acceptor.connect(), acceptor.connect(), trio.fail_after(BOUND_S):
+def test_closing_from_within_an_accepted_connection_is_fine() -> None:
+    with no_fds_left(), ExitStack() as undo:
+        listening = open_listening(IPv4Address("127.0.0.1"), 0)
+        loop = Loop()
+        undo.callback(loop.close)
+        met: list[socket.socket] = []
 
-        def accepted(sock: socket.socket) -> None:
-            acceptor.accepted.append(sock)
-            close_listening(acceptor.listening)
+        def accepted(sock: socket.socket, _: SocketAddress) -> None:
+            met.append(undo.enter_context(sock))
+            acceptor.close()
 
-        await accept_until_closed(acceptor.listening, accepted, *means())
-    assert len(acceptor.accepted) == 1
-    acceptor.close()
+        acceptor = Acceptor(loop, listening, accepted, RateLimit())
+        for _ in range(2):
+            undo.enter_context(socket.create_connection(listening.getsockname()))
+        loop.run_once(BOUND_S)
+        loop.run_once(0)
+        assert len(met) == 1
 
 
 class Failing(socket.socket):
@@ -198,6 +224,13 @@ class Failing(socket.socket):
         return super().accept()
 
 
+def failing_with(errors: list[int]) -> Failing:
+    failing = Failing(fileno=open_listening(IPv4Address("127.0.0.1"), 0).detach())
+    failing.setblocking(False)
+    failing.errors = errors
+    return failing
+
+
 # docs/behaviours.md, 34, written out: to wait and say so, and to go on at once without a word.
 SHORTAGES = [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM]
 PEERS_OWN = [
@@ -210,51 +243,57 @@ PEERS_OWN = [
 
 @pytest.mark.parametrize("number", SHORTAGES + PEERS_OWN, ids=errno.errorcode.get)
 @pytest.mark.usefixtures("said_once")
-async def test_no_trouble_of_a_connection_or_shortage_ends_the_loop(
+def test_no_trouble_of_a_connection_or_shortage_ends_the_loop(
     number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(acceptloop, "SHORTAGE_PAUSE_S", 0.001)
-    acceptor = Acceptor()
-    failing = Failing(fileno=acceptor.listening.detach())
-    failing.errors = [number] * 3
-    acceptor.listening = failing
-    with acceptor.connect():
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(accept_until_closed, failing, acceptor.accepted.append, *means())
-            await acceptor.accepted.reach(1)
-            close_listening(failing)
+    with Accepting(failing_with([number] * 3)) as accepting, accepting.connect():
+        accepting.reach(1)
     assert len(caplog.messages) == (number in SHORTAGES)
-    acceptor.close()
+
+
+def test_while_something_is_short_it_is_not_asked_for_in_each_turn() -> None:
+    """docs/behaviours.md, 33: a listening socket that cannot be accepted from is ready all the time."""
+    failing = failing_with([errno.EMFILE] * 3)
+    with Accepting(failing) as accepting, accepting.connect():
+        for _ in range(10):
+            accepting.loop.run_once(0)
+        assert len(failing.errors) == 2
+        assert accepting.loop.timers_left == 1
+        accepting.acceptor.close()
+        accepting.loop.run_once(BOUND_S)  # the pause is over, and nobody is there to go on
 
 
 @pytest.mark.usefixtures("bugs_are_wanted")
-async def test_any_other_trouble_is_a_bug_and_others_are_still_served(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_any_other_trouble_is_a_bug_and_others_are_still_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither an unknown error of accept() nor a bug in handling a connection ends the loop."""
     monkeypatch.setattr(acceptloop, "SHORTAGE_PAUSE_S", 0.001)
-    acceptor = Acceptor()
-    failing = acceptor.listening = Failing(fileno=acceptor.listening.detach())
-    failing.errors = [errno.EINVAL]
     bugs = Bugs()
     met: list[socket.socket] = []
+    with ExitStack() as undo:
+        loop = Loop(bugs)
+        undo.callback(loop.close)
+        failing = failing_with([errno.EINVAL])
 
-    def accepted(connection: socket.socket) -> None:
-        met.append(connection)
-        if len(met) == 1:
-            raise ZeroDivisionError("a bug")
-        acceptor.accepted.append(connection)
+        def accepted(connection: socket.socket, _: SocketAddress) -> None:
+            met.append(undo.enter_context(connection))
+            if len(met) == 1:
+                raise ZeroDivisionError("a bug")
 
-    with acceptor.connect() as first, acceptor.connect():
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(accept_until_closed, failing, accepted, RateLimit(), bugs)
-            await acceptor.accepted.reach(1)
-            close_listening(failing)
-        first.settimeout(BOUND_S)
+        acceptor = Acceptor(loop, failing, accepted, RateLimit())
+        undo.callback(acceptor.close)
+        first, other = (
+            undo.enter_context(socket.create_connection(failing.getsockname(), BOUND_S)) for _ in range(2)
+        )
+        until_s = time.monotonic() + BOUND_S
+        while len(met) < 2:
+            assert time.monotonic() < until_s
+            loop.run_once(BOUND_S)
         with pytest.raises(ConnectionResetError):
             first.recv(1)
+        met[1].send(b"x")
+        assert other.recv(1) == b"x"
     assert bugs.count == 2
-    acceptor.close()
 
 
 def test_a_shortage_is_waited_out_for_a_tenth_of_a_second_to_a_second() -> None:

@@ -103,6 +103,13 @@ async def test_a_copy_that_cannot_start_does_not_affect_others() -> None:
         assert ends == [CopyEnd.EOF]
 
 
+async def test_a_failing_thread_is_noticed_by_whoever_watches_it() -> None:
+    async with open_relay_thread() as relays:
+        relays.order(relays.loop.close, nobody)
+        with trio.fail_after(BOUND_S), pytest.raises(RuntimeError, match="relay thread has failed"):
+            await relays.watch()
+
+
 async def test_a_failing_thread_fails_every_copy_and_every_later_one() -> None:
     pairs = [unix_pair() for _ in range(6)]
     failures: list[BaseException | None] = []
