@@ -10,7 +10,7 @@ from bench.record import Record
 
 def a_run() -> Record:
     line = Line("bulk-upload", "one stream", "MiB/s", is_less_better=False)
-    line.fill({"call": [[10.0, 30.0], [20.0]], "mux": [[1.5]]}, max)
+    line.fill({"call": [[10.0, 20.0], [30.0]], "mux": [[1.5]]}, max)
     lost = Line("many-lost", "failed", "", is_compared=False, values={"mux": 0})
     return Record({"processor": "two"}, {"bulk": Result("2 x 1 MiB", [line, lost], ["socat failed: gone"])})
 
@@ -23,7 +23,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 def test_a_line_is_found_by_its_key() -> None:
     line = a_run().line("bulk-upload")
     assert line.values == {"call": 30, "mux": 1.5}
-    assert line.rounds == {"call": [30, 20], "mux": [1.5]}
+    assert line.rounds == {"call": [20, 30], "mux": [1.5]}
 
 
 def test_numbers_are_written_with_four_digits_and_one_line_for_each_line(tmp_path: Path) -> None:
