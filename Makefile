@@ -9,7 +9,7 @@
 #             as root, forwards by nft beside rules by hand; with ARGS=udp, as root, UDP over qrexec beside socat and nft;
 #             with ARGS=window how long the window's main loop is held up with many rules
 # make bench-quick  has something become slower? Ratios beside a run that is stored, in under a minute
-# make bench-all  all runs that docs/numbers.md shows, in about eight minutes; with ARGS=NAME,... some of them
+# make bench-all  all runs that docs/numbers.md shows, in about ten minutes; with ARGS=NAME,... some of them
 # make numbers  make its tables and pictures of the runs again
 # make fuzz   give the mux protocol bytes, guided by coverage, for SECONDS (60)
 # make mutate change the code in 200 places, one at a time, and see whether the tests notice (ARGS="--count 60 mux")

@@ -6,13 +6,14 @@ processor time, which other work disturbs less, and on Qubes all qubes share.
 """
 
 import argparse
+import json
 import os
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qubes_fwd_qrexec.admin import policy
@@ -183,7 +184,9 @@ def main(argv: Sequence[str]) -> int:
     """Exit status 1 if a goal was missed."""
     parser = argparse.ArgumentParser(prog="python -m bench admin", description=__doc__.split("\n")[0])
     parser.add_argument("--calls", action="store_true", help="count the calls on the Admin API too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     args, about = parser.parse_args(argv), machine.describe()
+    counted: dict[str, Mapping[str, int]] = {}
     with tempfile.TemporaryDirectory(
         prefix="bench-admin-", dir=_MEMORY if os.path.isdir(_MEMORY) else None
     ) as place:
@@ -191,6 +194,11 @@ def main(argv: Sequence[str]) -> int:
         print(table(rows))
         print(f"\n{RULES} rules over {QUBES} qubes; medians of {_ROUNDS} rounds.")
         if args.calls:
-            print(f"\n{calls_table(calls(Path(place)))}")
+            counted = calls(Path(place))
+            print(f"\n{calls_table(counted)}")
     print("; ".join(f"{name}: {fact}" for name, fact in about.items()) + ".")
+    if args.json is not None:
+        document = {"machine": about, "qubes": QUBES, "rules": RULES, "calls": counted}
+        document["rows"] = [asdict(row) for row in rows]
+        args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return 0 if all(row.is_met for row in rows) else 1

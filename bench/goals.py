@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .admin import Row
 from .held import Held
 from .record import Record
 from .table import number, ratio
@@ -15,13 +16,18 @@ _WHITHER = ("upload", "download")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What was found; ``before`` is the state that the goals were set for, measured beside ``connect``."""
+    """What was found; ``before`` is the state that the goals were set for, measured beside ``connect``.
+
+    ``turn_s`` is the window's longest turn after its start.
+    """
 
     before: Record
     connect: Record
     stream: Record
     fair: Record
     held: Sequence[Held]
+    admin: Sequence[Row]
+    turn_s: float
 
 
 class Goal(NamedTuple):
@@ -66,6 +72,14 @@ def goals(found: Found) -> Iterator[Goal]:
         worst = found.fair.line(f"fair-{key}").values["mux"]
         text = f"99 of 100 round trips {where} take under {limit} ms, in the worst round"
         yield Goal(text, f"{number(worst)} ms", worst < limit)
+    for row in found.admin:
+        if row.goal_s is not None:
+            text = f"dom0, {row.title}: at most {row.goal_s:.2g} s of processor time"
+            yield Goal(text, f"{row.processor_s:.2g} s", row.is_met)
+    turn_ms = 1000 * found.turn_s
+    yield Goal(
+        "no turn of the window takes longer than 50 ms, but for its start", f"{turn_ms:.0f} ms", turn_ms <= 50
+    )
 
 
 _FAIR = (

@@ -7,17 +7,20 @@ What is between ``<!-- made: KIND RUN ... -->`` and ``<!-- end -->`` is made, an
 import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import goals, growth, held, plot, record
+from . import admin, goals, growth, held, plot, record, window
+from .admin import Row
+from .adminlab import Spent
 from .goals import Found
 from .held import Held
 from .peers import PEERS, Call, CallOurs, MuxCall, Socat
 from .record import Record
 from .step import Step
 from .table import render
+from .windowturns import START
 
 PAGE = Path(__file__).parents[1] / "docs" / "numbers.md"
 PLACE = PAGE.with_suffix("")
@@ -84,7 +87,30 @@ def _held_table(place: Path, runs: Sequence[str]) -> str:
 
 def _goals(place: Path, runs: Sequence[str]) -> str:
     before, connect, stream, fair = (_record(place, run) for run in ("before", "connect", "stream", "fair"))
-    return goals.render(goals.goals(Found(before, connect, stream, fair, _held(place))))
+    longest = max(
+        phase["longest_s"]
+        for phases in _document(place, "window")["systems"].values()
+        for name, phase in phases.items()
+        if name != START
+    )
+    found = Found(before, connect, stream, fair, _held(place), _admin_rows(place), longest)
+    return goals.render(goals.goals(found))
+
+
+def _admin(place: Path, runs: Sequence[str]) -> str:
+    document = _document(place, "admin")
+    calls = admin.calls_table(document["calls"])
+    return f"{admin.table(_admin_rows(place))}\n\n{calls}\n\n{_size(document)}"
+
+
+def _window(place: Path, runs: Sequence[str]) -> str:
+    document = _document(place, "window")
+    return f"{window.table(document['systems'])}\n\n{_size(document)}"
+
+
+def _size(document: Mapping[str, Any]) -> str:
+    load = document["machine"]["load before"]
+    return f"{document['rules']} rules over {document['qubes']} qubes; load before: {load}."
 
 
 _KINDS: dict[str, Callable[[Path, Sequence[str]], str]] = {
@@ -93,6 +119,8 @@ _KINDS: dict[str, Callable[[Path, Sequence[str]], str]] = {
     "growth": _growth,
     "held": _held_table,
     "goals": _goals,
+    "admin": _admin,
+    "window": _window,
 }
 
 
@@ -111,6 +139,11 @@ def _steps(place: Path) -> list[Step]:
 
 def _held(place: Path) -> list[Held]:
     return [Held(**step) for step in _document(place, "held")["steps"]]
+
+
+def _admin_rows(place: Path) -> list[Row]:
+    rows = _document(place, "admin")["rows"]
+    return [Row(row["title"], [Spent(*spent) for spent in row["spent"]], row["goal_s"]) for row in rows]
 
 
 def main(arguments: list[str]) -> int:

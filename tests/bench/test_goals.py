@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A goal is met or missed by what the runs found, and says by how much."""
 
+from bench.admin import Row
+from bench.adminlab import Spent
 from bench.goals import Found, Goal, goals, render
 from bench.held import Held
 from bench.lines import Line, Result
@@ -18,7 +20,7 @@ def run(**values: dict[str, float]) -> Record:
     return Record({}, {"all": Result("", lines)})
 
 
-def found(mux: float = 100.0, each_kib: float = 2.0, count: int = 50_000) -> Found:
+def found(mux: float = 100.0, each_kib: float = 2.0, count: int = 50_000, list_s: float = 0.5) -> Found:
     """Where mux takes or gets so many percent of `call`, and before it was twice as slow."""
     same = {"mux": mux, "call": 100.0, "call-ours": 100.0, "direct": 1.0}
     return Found(
@@ -36,6 +38,8 @@ def found(mux: float = 100.0, each_kib: float = 2.0, count: int = 50_000) -> Fou
             Held(10_000, 10_000, each_kib * 10_000, 0.0, 0.0, 0.0, 1),
             Held(count, count, 0.0, 0.0, 0.0, 0.0, 4),
         ],
+        admin=[Row("list", [Spent(9.0, list_s)], 0.6), Row("export", [Spent(9.0, 9.0)])],
+        turn_s=0.05,
     )
 
 
@@ -61,6 +65,12 @@ def test_memory_and_how_many_are_held_are_judged_by_what_was_held() -> None:
     few = by_text(found(count=15_000))["50,000 held in one listener, and alive"]
     assert few.found.startswith("15000 of 15000 alive")
     assert not few.is_met
+
+
+def test_of_dom0_and_window_only_what_has_a_goal_is_judged() -> None:
+    *_, listed, turn = goals(found(list_s=0.7))
+    assert listed == ("dom0, list: at most 0.6 s of processor time", "0.7 s", False)
+    assert turn == ("no turn of the window takes longer than 50 ms, but for its start", "50 ms", True)
 
 
 def test_a_table_says_what_was_missed() -> None:
