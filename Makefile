@@ -30,13 +30,15 @@ TRIO_TESTS := tests/exposed tests/lab tests/relay tests/target tests/test_ending
 	$(wildcard tests/test_listener*.py tests/test_service*.py)
 # What the window and its tests need of Debian, since PyGObject is not built here.
 GTK := python3-gi gir1.2-gtk-3.0 gir1.2-atspi-2.0 at-spi2-core dbus xvfb xdotool trayer
+# The one program in C, where a lab finds it. Without a compiler each call of a lab is a program of its own.
+HANDOVER := $(if $(shell command -v cc),$(VENV)/bin/qubes-forward-handover)
 export PYTHON
 # The tests start some 2,000 programs, and without bytecode each of them, and each process of the tests, compiles anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo window-demo test test-oldest-trio check format guide pictures bench bench-quick bench-all numbers fuzz mutate soak translations build/locale packages clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed $(HANDOVER)
 	@tools/debian-packages --optional nftables iproute2
 	@$(VENV)/bin/qvm-forward-lab demo
 
@@ -46,7 +48,7 @@ window-demo: $(VENV)/.installed build/locale
 	@XDG_DATA_DIRS="$(CURDIR):$${XDG_DATA_DIRS:-/usr/local/share:/usr/share}" QUBES_FORWARD_LOCALE=build/locale \
 		$(VENV)/bin/qvm-forward-lab window
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(HANDOVER)
 	@tools/debian-packages --optional socat nftables iproute2 tmux zsh gettext $(GTK)
 	@# The first time, pytest compiles the tests once, and not in each of its processes.
 	@[ -d tests/__pycache__ ] || $(VENV)/bin/python -m pytest --quiet --collect-only >/dev/null || true
@@ -75,7 +77,7 @@ pictures: $(VENV)/.dev build/locale
 	@tools/debian-packages $(GTK) imagemagick fonts-dejavu-core adwaita-icon-theme
 	@$(VENV)/bin/python tests/window/pictures.py $(ARGS)
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev $(HANDOVER)
 	$(VENV)/bin/python -m bench $(ARGS)
 
 bench-quick: $(VENV)/.dev
@@ -87,6 +89,9 @@ bench-all: $(VENV)/.dev
 
 numbers: $(VENV)/.dev
 	$(VENV)/bin/python -m bench page
+
+$(VENV)/bin/qubes-forward-handover: handover/qubes-forward-handover.c $(VENV)/.installed
+	$(CC) -O2 -Wall -Wextra -o $@ $<
 
 # What is found is kept in build/fuzz, and so is what was learned: the next run begins with it.
 fuzz: $(VENV)/.fuzz

@@ -19,6 +19,7 @@ from agents import agent_process, close_connector, renew_connector
 from helpers import BOUND_S, listening_socket, no_fds_left, reserved_ports
 from hypothesis import HealthCheck, Phase, settings
 from mux_bench import Joined, MuxBench
+from single_calls import ByHandover, ByProgram
 from wired import Wired, open_wired
 
 from qubes_fwd_qrexec.exposed import flowpool, statussockets, trial
@@ -240,6 +241,15 @@ def server() -> Iterator[socket.socket]:
     """A listening, non-blocking TCP socket: the server in the target."""
     with listening_socket() as sock:
         yield sock
+
+
+@pytest.fixture(params=["program", "handover"])
+def single_calls(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ByProgram]:
+    """Each of the two ways in which a target serves calls for one connection."""
+    with ExitStack() as undo:
+        yield ByProgram(undo) if request.param == "program" else ByHandover(undo, tmp_path, monkeypatch)
 
 
 @pytest.fixture

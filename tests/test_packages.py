@@ -28,7 +28,7 @@ NEEDS: dict[str, set[str]] = {
 }
 # Of what there is at the top, that is what is installed; the other directories are for those who work on it.
 SHIPPED = {"completions", "docs", "policy", "qubes_fwd_qrexec", "rpc", "systemd", "tmpfiles.d", "rpc-config"}
-SHIPPED |= {"applications", "autostart", "icons", "po"}
+SHIPPED |= {"applications", "autostart", "handover", "icons", "po"}
 KEPT = {".ci", "bench", "debian", "rpm_spec", "soak", "tests", "tools"}
 
 
@@ -191,6 +191,7 @@ OWNERS = {
     "etc/qubes/rpc-config": "qubes-core-qrexec-vm",
     "etc/xdg/autostart": "",
     "usr/bin": "",
+    "usr/lib/qubes": "qubes-core-qrexec-vm",
     "usr/lib/systemd/system": "",
     "usr/lib/systemd/system-preset": "",
     "usr/lib/tmpfiles.d": "",

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from endings import pattern
 from helpers import BOUND_S, free_port, port_of
-from processes import with_constants
+from single_calls import ByProgram, Called
 
 from qubes_fwd_qrexec.common.allowance import Allowance, Calls, Revoked
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
@@ -21,51 +22,17 @@ from qubes_fwd_qrexec.relay.copy import abort, half_close
 from qubes_fwd_qrexec.target.callnotes import living
 from qubes_fwd_qrexec.target.revocation import LOOK, revoke
 
-SIGNS = GREETING, clean_end(0).partition(" after ")[0]
 LOOK_AND_TERM = (LOOK, signal.SIGTERM)
 
 
-class Called:
-    """The program as the agent starts it: argv, and two sockets as stdin and stdout."""
-
-    def __init__(
-        self, *arguments: str, program: Sequence[str] = (sys.executable, "-m", "qubes_fwd_qrexec.service")
-    ) -> None:
-        self.stdin, child_in = socket.socketpair()
-        self.stdout, child_out = socket.socketpair()
-        with child_in, child_out:
-            self.process = subprocess.Popen(
-                [*program, *arguments],
-                stdin=child_in,
-                stdout=child_out,
-                stderr=subprocess.PIPE,
-            )
-        self.stdin.settimeout(BOUND_S)
-        self.stdout.settimeout(BOUND_S)
-
-    def end(self) -> tuple[int, str]:
-        """The exit status, and what was said on stderr beside `signs`."""
-        _, stderr = self.process.communicate(timeout=BOUND_S)
-        lines = stderr.decode().splitlines(keepends=True)
-        self.signs = [line for line in lines if line.startswith(tuple(SIGNS))]
-        return self.process.returncode, "".join(line for line in lines if line not in self.signs)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-        self.stdin.close()
-        self.stdout.close()
-
-
 @pytest.fixture
-def served(server: socket.socket) -> Iterator[tuple[Called, socket.socket]]:
-    called = Called(str(port_of(server)))
+def served(single_calls: ByProgram, server: socket.socket) -> Iterator[tuple[Called, socket.socket]]:
+    called = single_calls.call(str(port_of(server)))
     server.settimeout(BOUND_S)
     sock, _ = server.accept()
-    sock.settimeout(BOUND_S)
-    yield called, sock
-    sock.close()
-    called.close()
+    with sock:
+        sock.settimeout(BOUND_S)
+        yield called, sock
 
 
 def receive_all(sock: socket.socket) -> bytes:
@@ -112,9 +79,11 @@ def test_a_server_that_ends_first_gets_the_rest_of_the_upload(served: Served) ->
     assert called.end() == (0, "")
 
 
-def test_what_a_server_has_not_read_when_the_call_is_over_is_not_lost(server: socket.socket) -> None:
+def test_what_a_server_has_not_read_when_the_call_is_over_is_not_lost(
+    single_calls: ByProgram, server: socket.socket
+) -> None:
     server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # the rest is with the service's socket
-    called = Called(str(port_of(server)))
+    called = single_calls.call(str(port_of(server)))
     server.settimeout(BOUND_S)
     sock, _ = server.accept()
     with sock:
@@ -124,7 +93,6 @@ def test_what_a_server_has_not_read_when_the_call_is_over_is_not_lost(server: so
         half_close(called.stdin)
         assert called.end() == (0, "")
         assert receive_all(sock) == pattern(100_000)
-    called.close()
 
 
 def test_killed_it_is_an_abort_to_the_server(served: Served) -> None:
@@ -212,10 +180,10 @@ def test_an_upload_that_stands_ends_when_its_call_is_lost(served: Served) -> Non
 
 
 def test_an_upload_that_a_server_does_not_take_after_its_own_end_has_a_bound(
-    server: socket.socket,
+    single_calls: ByProgram, server: socket.socket
 ) -> None:
     """The agent has nothing more to shut down by which it could say that the call is lost."""
-    called = Called(str(port_of(server)), program=with_constants("service", service__HALF_CLOSE_S=2.0))
+    called = single_calls.call(str(port_of(server)), target__singlecall__HALF_CLOSE_S=2.0)
     server.settimeout(BOUND_S)
     sock, _ = server.accept()
     with sock:
@@ -223,7 +191,6 @@ def test_an_upload_that_a_server_does_not_take_after_its_own_end_has_a_bound(
         assert called.stdout.recv(1) == b""
         fill(called.stdin)
         assert called.end() == (ExitStatus.TROUBLE, "")
-    called.close()
 
 
 @pytest.fixture
@@ -254,37 +221,35 @@ def test_a_single_call_that_drains_goes_on_to_its_deadline(
 
 
 def test_a_call_that_dom0_no_longer_allows_reaches_no_server(
-    run_dir: Path, mux_call_home: None, server: socket.socket
+    run_dir: Path, mux_call_home: None, single_calls: ByProgram, server: socket.socket
 ) -> None:
     """Its agent's process is older than dom0's list, however late the exposed qube lets it begin."""
     revoke(Allowance(), run_dir)
     for argument in (f"{port_of(server)}", f"{port_of(server)}+mux"):
-        called = Called(argument)
+        called = single_calls.call(argument)
         status, stderr = called.end()
         assert status == ExitStatus.REVOKED
         assert "dom0 no longer allows" in stderr
-        called.close()
-    server.setblocking(False)
+        server.setblocking(False)
     with pytest.raises(BlockingIOError):
         server.accept()
 
 
 @pytest.mark.parametrize("agent", ["", "x", "1000000000"])
 def test_a_call_without_a_known_time_of_permission_is_refused(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch, server: socket.socket, agent: str
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, single_calls: ByProgram, server: socket.socket, agent: str
 ) -> None:
     monkeypatch.setenv("QREXEC_AGENT_PID", agent)
-    called = Called(str(port_of(server)))
+    called = single_calls.call(str(port_of(server)))
     status, stderr = called.end()
     assert status == ExitStatus.TROUBLE
     assert "agent" in stderr
-    called.close()
 
 
 @pytest.mark.parametrize("redirect", ["2>&-", "0<&- 2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
-def test_errors_never_go_into_the_data(redirect: str) -> None:
+def test_errors_never_go_into_the_data(single_calls: ByProgram, redirect: str) -> None:
     ours, theirs = socket.socketpair()
-    code = f"exec {sys.executable} -m qubes_fwd_qrexec.service {free_port()} {redirect}"
+    code = f"exec {shlex.join(map(str, single_calls.command()))} {free_port()} {redirect}"
     with ours, theirs, subprocess.Popen(["/bin/sh", "-c", code], stdin=theirs, stdout=theirs) as process:
         theirs.close()
         assert receive_all(ours) == b""
@@ -292,11 +257,11 @@ def test_errors_never_go_into_the_data(redirect: str) -> None:
 
 
 def test_a_signal_that_was_blocked_at_the_start_ends_it_all_the_same(
-    run_dir: Path, server: socket.socket
+    run_dir: Path, single_calls: ByProgram, server: socket.socket
 ) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, LOOK_AND_TERM)
     try:
-        called = Called(str(port_of(server)))
+        called = single_calls.call(str(port_of(server)))
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, LOOK_AND_TERM)
     server.settimeout(BOUND_S)
@@ -304,13 +269,12 @@ def test_a_signal_that_was_blocked_at_the_start_ends_it_all_the_same(
     with sock:
         assert revoke(Allowance(), run_dir) == Revoked(1, 0)
         assert called.end() == (ExitStatus.REVOKED, "")
-    called.close()
 
 
-def test_one_socket_for_both_ways_will_do(server: socket.socket) -> None:
+def test_one_socket_for_both_ways_will_do(single_calls: ByProgram, server: socket.socket) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        command = [sys.executable, "-m", "qubes_fwd_qrexec.service", str(port_of(server))]
+        command = [*single_calls.command(), str(port_of(server))]
         with subprocess.Popen(command, stdin=theirs, stdout=theirs) as process:
             theirs.close()
             server.settimeout(BOUND_S)
@@ -326,28 +290,28 @@ def test_one_socket_for_both_ways_will_do(server: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("80", "81"), ("80+muxs",), ("\u0668\u0660",), ("x" * 10_000,)])
-def test_a_bad_argument_ends_with_status_2_and_a_short_message(arguments: tuple[str, ...]) -> None:
-    called = Called(*arguments)
+def test_a_bad_argument_ends_with_status_2_and_a_short_message(
+    single_calls: ByProgram, arguments: tuple[str, ...]
+) -> None:
+    called = single_calls.call(*arguments)
     called.stdin.send(b"x")
     status, stderr = called.end()
     assert status == 2
     assert stderr.startswith("qubes.ForwardTCP: ")
     assert len(stderr) < 210
-    called.close()
 
 
-def test_nobody_listening_is_status_69() -> None:
-    called = Called(str(free_port()))
+def test_nobody_listening_is_status_69(single_calls: ByProgram) -> None:
+    called = single_calls.call(str(free_port()))
     status, stderr = called.end()
     assert status == ExitStatus.SERVER_REFUSED
     assert "Connection refused" in stderr
     assert called.signs == [f"{GREETING}\n"]
-    called.close()
 
 
 @pytest.mark.parametrize("redirect", ["</dev/null", "<&-", ">/dev/null", ">&- </dev/null"])
-def test_standard_streams_that_are_no_sockets_are_refused(redirect: str) -> None:
-    command = f"exec {sys.executable} -m qubes_fwd_qrexec.service 80 {redirect}"
+def test_standard_streams_that_are_no_sockets_are_refused(single_calls: ByProgram, redirect: str) -> None:
+    command = f"exec {shlex.join(map(str, single_calls.command()))} 80 {redirect}"
     ended = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=False, timeout=BOUND_S)
     assert ended.returncode == 2
     assert b"is not a socket" in ended.stderr

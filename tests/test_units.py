@@ -9,21 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from qubes_fwd_qrexec.common.services import FORWARD_SERVICE
 from qubes_fwd_qrexec.exposed.callbudget import CALLS_MAX
 from qubes_fwd_qrexec.exposed.callqueue import WAITING_MAX
 from qubes_fwd_qrexec.exposed.limits import PROCESS_MAX, process_max
 from qubes_fwd_qrexec.exposed.qrexec import STDERR_BUFFER_BYTES
 from qubes_fwd_qrexec.exposed.supervisor import CLOSE_S
 from qubes_fwd_qrexec.listener import DRAIN_S
-from qubes_fwd_qrexec.relay.budget import FLOOR_BYTES, LENT_BYTES, STREAMS_MAX
+from qubes_fwd_qrexec.relay.budget import FLOOR_BYTES, LENT_BYTES
 from qubes_fwd_qrexec.relay.socketbuffers import HELD_BYTES, MAX_BYTES, WAITING_BYTES
 from qubes_fwd_qrexec.target.callnotes import DIRECTORY
+from qubes_fwd_qrexec.target.handover import SOCKET
 from qubes_fwd_qrexec.target.localserver import BUFFER_BYTES as SERVER_BUFFER_BYTES
-from qubes_fwd_qrexec.target.portions import CALLS_MAX as MUXS_MAX
-from qubes_fwd_qrexec.target.portions import LENT_TIMES
-from qubes_fwd_qrexec.target.socketservice import CONNECTIONS_MAX
-from qubes_fwd_qrexec.target.socketservice import DRAIN_S as SERVICE_DRAIN_S
+from qubes_fwd_qrexec.target.singleservice import CALLS_MAX as SINGLES_MAX
+from qubes_fwd_qrexec.target.singleservice import DRAIN_S as SERVICE_DRAIN_S
 from qubes_fwd_qrexec.target.statusservice import STARTS
 
 MIB = 1 << 20
@@ -31,6 +29,9 @@ ROOT = Path(__file__).parent.parent
 UNITS = sorted([*ROOT.glob("systemd/*.service"), *ROOT.glob("systemd/*.socket")])
 SERVICES = [unit for unit in UNITS if unit.suffix == ".service"]
 OF_QUBES = [unit for unit in UNITS if "watch" not in unit.name]
+# They wait for calls, and so for dom0's policy.
+FOR_CALLS = ("qubes-forward-service.service", "qubes-forward-service.socket")
+WITH_FLAG = [unit for unit in OF_QUBES if unit.name not in FOR_CALLS]
 PROGRAMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 # Units of Qubes' that ours come after: qubes-core-qubesdb, -core-qrexec and -core-agent-linux.
 OF_QUBES_OS = {
@@ -42,7 +43,7 @@ OF_QUBES_OS = {
 }
 BY_UNIT = pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 BY_SERVICE = pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.name)
-BY_UNIT_OF_QUBES = pytest.mark.parametrize("unit", OF_QUBES, ids=lambda unit: unit.name)
+BY_UNIT_WITH_FLAG = pytest.mark.parametrize("unit", WITH_FLAG, ids=lambda unit: unit.name)
 
 
 def settings(unit: Path) -> dict[str, list[str]]:
@@ -90,7 +91,7 @@ def test_other_units_that_are_named_exist(unit: Path) -> None:
     assert {name for name in named if not name.endswith(".target")} <= ours | OF_QUBES_OS
 
 
-@BY_UNIT_OF_QUBES
+@BY_UNIT_WITH_FLAG
 def test_in_qubes_each_waits_for_a_flag_of_the_name_of_an_enabled_unit(unit: Path) -> None:
     conditions = settings(unit)["ConditionPathExists"]
     # Several are alternatives.
@@ -161,9 +162,11 @@ def test_the_firewalls_program_sees_whose_sockets_the_kernel_lists() -> None:
     assert not {"PrivateUsers", "PrivateNetwork", "NetworkNamespacePath", "User"} & listener.keys()
 
 
-def test_the_socket_is_where_qrexec_looks_for_the_service() -> None:
+def test_the_socket_is_where_the_program_looks_that_the_agent_starts() -> None:
     given = settings(ROOT / "systemd" / "qubes-forward-service.socket")
-    assert given["ListenStream"] == [f"/run/qubes-rpc/{FORWARD_SERVICE}"]
+    assert given["ListenSequentialPacket"] == [SOCKET]
+    (source,) = (ROOT / "handover").iterdir()
+    assert f'#define SOCKET_PATH "{SOCKET}"' in source.read_text().splitlines()
 
 
 def test_a_listener_that_starts_is_waited_for_where_its_unit_starts_one() -> None:
@@ -247,8 +250,10 @@ TABLE: dict[str, dict[str, list[str] | None]] = {
         "BindsTo": None,
         "ExecStopPost": None,
         "RestrictAddressFamilies": ["AF_UNIX AF_INET AF_INET6"],
-        "IPAddressDeny": ["any"],
-        "IPAddressAllow": ["localhost"],
+        # A server may be at any address of its qube, and on a UNIX socket anywhere.
+        "IPAddressDeny": None,
+        "PrivateTmp": None,
+        "ProtectHome": ["read-only"],
         "DevicePolicy": None,
         "DeviceAllow": None,
         "PrivateDevices": ["yes"],
@@ -259,6 +264,7 @@ TABLE: dict[str, dict[str, list[str] | None]] = {
         "KillMode": ["mixed"],
     },
     "qubes-forward-service.socket": {
+        "ListenStream": None,
         "SocketUser": ["user"],
         "SocketGroup": None,
         "SocketMode": ["0600"],
@@ -313,8 +319,8 @@ def test_systemd_takes_every_line(tmp_path: Path) -> None:
 
 # What no constant says, in MiB: the program itself, and a client program of qrexec.
 PROGRAM_MIB, CLIENT_MIB = 48, 3
-# The program of one mux call, which has no trio.
-MUX_MIB = 11
+# The program for all calls for one connection, which has no trio.
+SINGLES_MIB = 24
 # docs/numbers.md: at most 4 KiB for each connection that is held, and as much in the kernel for its socket.
 CONNECTION_KIB = 8
 # What comes at a gigabit a second, half of it read, until it is looked at again what the kernel holds.
@@ -330,10 +336,10 @@ def memory_mib(unit: str) -> int:
     return number * {"M": 1, "G": 1024}[suffix]
 
 
-def streams_mib(streams: int, lent_times: int = 1) -> float:
+def streams_mib(streams: int) -> float:
     """The most that so many streams of a process need."""
     connections_mib = streams * CONNECTION_KIB / 1024
-    budget_bytes = LENT_BYTES * lent_times + streams * FLOOR_BYTES * lent_times
+    budget_bytes = LENT_BYTES + streams * FLOOR_BYTES
     return connections_mib + (budget_bytes + HELD_BYTES) / MIB + SECOND_MIB
 
 
@@ -363,8 +369,11 @@ def test_dom0s_unit_is_enabled_by_a_preset_of_its_own_and_waits_for_a_flag_elsew
     ]
 
 
-def test_the_socket_service_has_memory_for_all_its_mux_calls_and_calls() -> None:
-    mux_calls_mib = MUXS_MAX * MUX_MIB + streams_mib(STREAMS_MAX, LENT_TIMES)
-    singles_mib = CONNECTIONS_MAX * (4 * SERVER_BUFFER_BYTES / 1024 + 2 * SEGMENT_KIB) / 1024
-    needed_mib = PROGRAM_MIB + mux_calls_mib + singles_mib
-    assert needed_mib <= memory_mib("qubes-forward-service.service") <= 1.1 * needed_mib
+def test_the_process_for_calls_has_memory_and_descriptors_for_all_of_them() -> None:
+    unit = "qubes-forward-service.service"
+    kernels_mib = SINGLES_MAX * (4 * SERVER_BUFFER_BYTES / 1024 + 2 * SEGMENT_KIB) / 1024
+    needed_mib = SINGLES_MIB + kernels_mib
+    assert needed_mib <= memory_mib(unit) <= 1.1 * needed_mib
+    # Its sockets, stderr, the server's, its note, and that of the program which waits for its status.
+    (files,) = settings(ROOT / "systemd" / unit)["LimitNOFILE"]
+    assert int(files) >= 6 * SINGLES_MAX + 64

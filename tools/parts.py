@@ -16,9 +16,12 @@ so all of them may be installed on one machine; each needs the ones that `NEEDS`
 """
 
 import argparse
+import os
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,7 +57,7 @@ ICONS = "hicolor/scalable/apps"
 DIRS_OF_OTHERS = (
     *("etc/qubes-rpc", "etc/qubes/rpc-config"),
     *("usr/bin", "usr/share/doc", "usr/share/man/man1", "usr/share/man/man7", "usr/share/man/man8"),
-    *("usr/lib/systemd/system-preset", "usr/lib/tmpfiles.d"),
+    *("usr/lib/qubes", "usr/lib/systemd/system-preset", "usr/lib/tmpfiles.d"),
     *("etc/xdg/autostart", "usr/share/applications", f"usr/share/icons/{ICONS}"),
 )
 _SCRIPT = """\
@@ -90,6 +93,8 @@ def items(python_dir: str, unit_dir: str, zsh_dir: str) -> Iterator[Item]:
         yield Item(_part_of_program(target), "pyproject.toml", f"usr/bin/{name}", 0o755, _script(target))
     for file in _files("rpc"):
         yield _copy("vm", file, f"etc/qubes-rpc/{file.name}", 0o755)
+    for file in _files("handover"):
+        yield Item("vm", _relative(file), f"usr/lib/qubes/{file.stem}", 0o755, _built)
     for file in _files("rpc-config"):
         yield _copy("vm", file, f"etc/qubes/rpc-config/{file.name}")
     # Not at its final place, where qvm-forward writes: the packages put it there if nothing is.
@@ -199,6 +204,21 @@ def _compiled(source: Path) -> bytes:
     if done.returncode:
         raise PartsError(done.stderr.decode(errors="replace").strip())
     return done.stdout
+
+
+def _built(source: Path) -> bytes:
+    """A program, built as CC and the flags in the environment say. Raises `PartsError`."""
+    said = (os.environ.get(name, "") for name in ("CPPFLAGS", "CFLAGS", "LDFLAGS"))
+    command = shlex.split(" ".join((os.environ.get("CC", "cc"), *said)))
+    with tempfile.TemporaryDirectory() as directory:
+        program = Path(directory) / source.stem
+        try:
+            subprocess.run([*command, "-o", program, source], check=True)
+        except FileNotFoundError:
+            raise PartsError(f"to build {source.name}, install a C compiler") from None
+        except subprocess.CalledProcessError:
+            raise PartsError(f"{source.name} cannot be built") from None
+        return program.read_bytes()
 
 
 def _files(directory: str) -> list[Path]:

@@ -13,6 +13,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -21,6 +22,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.relay.thread import RelayThread, open_relay_thread
 
 from . import wire
+from .activation import activate
 from .agents import AgentProcess, Agents, open_agents
 from .evaluator import Allow, Ask, Request
 from .inhabitants import end_inhabitants
@@ -173,20 +175,30 @@ class Broker:
     async def _listen(
         self, name: str, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED
     ) -> None:
-        path = self.view.lab.qube_dir(name).agent_socket
-        with trio.CancelScope() as scope, bind_packets(path) as listener:
-            self._listening[name] = scope
-            task_status.started()
-            while True:
-                try:
-                    agent, _ = await listener.accept()
-                except OSError as error:
-                    if error.errno not in _EXHAUSTED:
-                        raise
-                    _log.warning("%s: %s", name, error.strerror)
-                    await trio.sleep(_ACCEPT_PAUSE_S)
-                    continue
-                self._nursery.start_soon(self._serve, name, agent)
+        place = self.view.lab.qube_dir(name)
+        with bind_packets(place.agent_socket) as listener:
+            async with trio.open_nursery() as nursery:
+                self._listening[name] = nursery.cancel_scope
+                nursery.start_soon(self._activate, name)
+                task_status.started()
+                while True:
+                    try:
+                        agent, _ = await listener.accept()
+                    except OSError as error:
+                        if error.errno not in _EXHAUSTED:
+                            raise
+                        _log.warning("%s: %s", name, error.strerror)
+                        await trio.sleep(_ACCEPT_PAUSE_S)
+                        continue
+                    self._nursery.start_soon(self._serve, name, agent)
+
+    async def _activate(self, name: str) -> None:
+        """Calls for one connection go to one process, as the qube's socket unit has it."""
+        place = self.view.lab.qube_dir(name)
+        try:
+            await activate(self._agents, place, partial(self.places.namespace_fd, name))
+        except (OSError, ForwardError) as error:  # then each call is a program
+            _log.warning("%s: calls are not handed over: %s", name, error)
 
     async def _serve(self, source: str, agent: trio.socket.SocketType) -> None:
         """Serve one call, from its request to its exit status. No error of the call is raised."""

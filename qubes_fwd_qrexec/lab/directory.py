@@ -82,6 +82,11 @@ class QubeDirectory:
         return self.root / "run" / "listener"
 
     @property
+    def single_calls_socket(self) -> Path:
+        """Where calls for one connection are handed over to one process, if one runs."""
+        return self.root / "run" / "forward.socket"
+
+    @property
     def firewall_run(self) -> Path:
         """The runtime directory of the program that keeps the qube's firewall."""
         return self.root / "run" / "firewall"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qubes_fwd_qrexec.firewall.ask import DIRECTORY_VARIABLE as FIREWALL_DIRECTORY_VARIABLE
 from qubes_fwd_qrexec.target.callnotes import DIRECTORY_VARIABLE
+from qubes_fwd_qrexec.target.handover import SOCKET_VARIABLE
 from qubes_fwd_qrexec.target.listenersockets import LISTENER_DIRECTORY_VARIABLE
 from qubes_fwd_qrexec.target.servers import FILES_VARIABLE
 from qubes_fwd_qrexec.target.statusservice import (
@@ -116,9 +117,17 @@ def service_environment(full_name: str, source: str, directory: Path) -> dict[st
         "QREXEC_REQUESTED_TARGET_TYPE": "",
         "QREXEC_SERVICE_ARGUMENT": full_name.partition("+")[2],
         "QREXEC_SERVICE_FULL_NAME": full_name,
+        **qube_environment(directory),
+    }
+
+
+def qube_environment(directory: Path) -> dict[str, str]:
+    """What every program of the target's side finds, in a qube by its directory."""
+    return {
         QUBE_VARIABLE: str(directory),
         # Each qube has a /run of its own.
         DIRECTORY_VARIABLE: str(directory / "run" / "forward"),
+        SOCKET_VARIABLE: str(QubeDirectory(directory).single_calls_socket),
         FILES_VARIABLE: os.pathsep.join(map(str, QubeDirectory(directory).servers_files)),
         LISTENER_DIRECTORY_VARIABLE: str(QubeDirectory(directory).listener_run),
         FIREWALL_STATE_VARIABLE: str(QubeDirectory(directory).firewall_state),

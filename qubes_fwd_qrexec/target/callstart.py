@@ -46,9 +46,8 @@ def boot_ticks() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_PER_S)
 
 
-def agent_pid() -> int:
-    """The PID of the agent's process that started this one. Raises `CallStartError`."""
-    text = os.environ.get(AGENT_PID_VARIABLE, "")
+def agent_pid(text: str) -> int:
+    """The PID of the agent's process for a call, from its variable. Raises `CallStartError`."""
     try:
         return parse_number(text)
     except TextError:

@@ -81,7 +81,7 @@ class Connecting(ABC):
                 sock.close()
                 self._trouble = self._trouble or error
             else:
-                if self._is_over(sock):
+                if self._is_settled_by(sock):
                     return
         self._stop_waiting()
         self._not_connected(self._trouble or OSError(errno.ENOENT, os.strerror(errno.ENOENT)))
@@ -91,10 +91,10 @@ class Connecting(ABC):
         if self._sock is not None:
             sock, self._sock = self._sock, None
             self._loop.unwatch(sock.fileno())
-            if not self._is_over(sock):
+            if not self._is_settled_by(sock):
                 self._try_next()
 
-    def _is_over(self, sock: socket.socket) -> bool:
+    def _is_settled_by(self, sock: socket.socket) -> bool:
         """The server has answered; False if another address should be tried."""
         try:
             check_answered(sock, self._port)

@@ -26,7 +26,6 @@ from .callservice import CallService, Lease, serve_call
 from .callstart import CallStart
 from .connecting import Connecting
 from .permissionwatch import PermissionLike
-from .portions import own_budget
 from .proxyheader import header
 from .servers import ServerAddress, Servers, ServersError
 
@@ -44,7 +43,7 @@ def serve(calls: Calls, start: CallStart, stdin: socket.socket, stdout: socket.s
 
     Raises `ServiceError`, and `RevocationError` if dom0 no longer allows the call or could not end it.
     """
-    budget = own_budget()
+    budget = Budget()
 
     def make(lease: Lease, permission: PermissionLike, bugs: Bugs) -> MuxService:
         return MuxService(calls.ports, stdin, stdout, lease, permission, bugs, budget)

@@ -13,6 +13,7 @@ import time
 from qubes_fwd_qrexec.common.allowance import Calls
 from qubes_fwd_qrexec.common.values import Proto, TargetPorts
 from qubes_fwd_qrexec.mux import FlowCode, FlowConnection, FlowRequested, Hello
+from qubes_fwd_qrexec.relay.budget import STREAMS_MAX
 from qubes_fwd_qrexec.relay.flowmux import FlowMux
 from qubes_fwd_qrexec.relay.loop import Loop
 from qubes_fwd_qrexec.system.bugs import Bugs
@@ -23,7 +24,6 @@ from .callnotes import Kind
 from .callservice import CallService, Lease, serve_call
 from .callstart import CallStart
 from .permissionwatch import PermissionLike
-from .portions import own_budget
 from .servers import Servers, ServersError
 from .udpflow import NewSocket, UdpFlow, new_socket
 
@@ -46,7 +46,7 @@ def serve(calls: Calls, start: CallStart, stdin: socket.socket, stdout: socket.s
 
     Raises `ServiceError`, and `RevocationError` if dom0 no longer allows the call or could not end it.
     """
-    flows_max = own_budget().streams_max
+    flows_max = STREAMS_MAX
 
     def make(lease: Lease, permission: PermissionLike, bugs: Bugs) -> UdpService:
         descriptors = raise_descriptor_limit()

@@ -28,15 +28,13 @@ def test_it_is_the_start_of_the_agents_process_by_two_clocks() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "01", "1 ", "\u0661", "9" * 40])
-def test_an_agent_that_is_not_named_is_no_agent(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setenv("QREXEC_AGENT_PID", text)
+def test_an_agent_that_is_not_named_is_no_agent(text: str) -> None:
     with pytest.raises(CallStartError, match="QREXEC_AGENT_PID"):
-        agent_pid()
+        agent_pid(text)
 
 
-def test_the_agent_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QREXEC_AGENT_PID", "4711")
-    assert agent_pid() == 4711
+def test_the_agent_is_named_by_its_number() -> None:
+    assert agent_pid("4711") == 4711
 
 
 def test_an_agent_that_is_gone_or_hidden_is_an_error() -> None:

@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.values import TargetPorts
 from qubes_fwd_qrexec.mux import ProxyVersion, ResetCode
 from qubes_fwd_qrexec.relay.copy import abort, half_close
-from qubes_fwd_qrexec.target import localserver, socketservice
+from qubes_fwd_qrexec.target import localserver
 from qubes_fwd_qrexec.target.localserver import ServiceError
 
 Leave = Callable[[socket.socket], None]
@@ -131,11 +131,11 @@ def test_a_mux_calls_server_that_aborts_without_a_word_is_an_abort_and_no_other_
             assert not bench.service.is_connecting
 
 
-# A call for one connection, by each of its two programs
+# What waits for its answer (`servertrials`)
 
 
 @LEAVES
-def test_what_it_has_left_for_a_call_can_be_read(
+def test_what_it_has_left_can_be_read(
     server: socket.socket, monkeypatch: pytest.MonkeyPatch, leave: Leave
 ) -> None:
     with no_fds_left():
@@ -145,16 +145,6 @@ def test_what_it_has_left_for_a_call_can_be_read(
             assert read_to_end(connected) == seen_directly(leave)
 
 
-@LEAVES
-async def test_what_it_has_left_for_the_server_of_calls_can_be_read(
-    server: socket.socket, monkeypatch: pytest.MonkeyPatch, leave: Leave
-) -> None:
-    with leaving(monkeypatch, socketservice, server, leave):
-        connected = await socketservice.connect(port_of(server))
-    with connected:
-        assert read_to_end(connected) == seen_directly(leave)
-
-
 def test_an_abort_without_a_word_is_status_74_and_no_other_is_tried(
     server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,13 +152,4 @@ def test_an_abort_without_a_word_is_status_74_and_no_other_is_tried(
         with pytest.raises(ServiceError, match="Connection reset by peer") as caught:
             localserver.connect(port_of(server))
         assert caught.value.status is ExitStatus.SERVER_RESET
-        assert tried == [socket.AF_INET]
-
-
-async def test_an_abort_without_a_word_is_one_to_the_server_of_calls_too(
-    server: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with leaving(monkeypatch, socketservice, server, abort) as tried:
-        with pytest.raises(ServiceError, match="Connection reset by peer"):
-            await socketservice.connect(port_of(server))
         assert tried == [socket.AF_INET]

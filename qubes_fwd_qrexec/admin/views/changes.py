@@ -26,7 +26,7 @@ from qubes_fwd_qrexec.common.errors import (
     UsageError,
 )
 from qubes_fwd_qrexec.common.nftconfig import is_nft_key, parse_nft_key
-from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, Mode, NamedRule, OnExpire, Transport
+from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, Mode, NamedRule, OnExpire
 from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
 
 from . import callroom, carried, confirmed, given, reasons, steps, travel
@@ -301,11 +301,6 @@ def warnings(forward: Forward) -> list[str]:
     found = [*reasons.notes(forward), *reasons.hints(forward)]
     if forward.service is Service.CONNECT_TCP:
         found.append(travel.transport_reason(forward))
-    elif forward.transport is Transport.CALL:
-        found.append(
-            f"where {target} serves calls by qubes-forward-service.socket, an answer that breaks off may "
-            "look complete to the client"
-        )
     if forward.mode is Mode.NFT:
         found.append(travel.safety(forward))
         found.append(f"the server in {target} must listen on more than 127.0.0.1")

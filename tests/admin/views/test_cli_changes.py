@@ -185,17 +185,6 @@ def test_no_apply_leaves_the_rest_to_apply(forward: Forward, lab: LabDirectory) 
     assert lab.vm_config("sys-net") != {}
 
 
-def test_single_calls_come_with_a_note_of_what_a_socket_service_cannot_tell(forward: Forward) -> None:
-    note = (
-        "Note: where work serves calls by qubes-forward-service.socket, an answer that breaks off may look "
-        "complete to the client.\n"
-    )
-    assert note in forward(*ADD, "--transport", "call").out
-    assert note not in forward("set", "work", "web", "comment=x").out
-    forward("set", "work", "web", "transport=mux")
-    assert note in forward("set", "work", "web", "transport=call").out
-
-
 def test_a_warning_is_told_again_only_when_it_is_news(forward: Forward) -> None:
     assert "the server in work sees every client as 127.0.0.1" in forward(*ADD).out
     assert "127.0.0.1" not in forward("set", "work", "web", "comment=x").out
