@@ -83,34 +83,44 @@ class Connection(Incoming):
             raise LocalProtocolError(f"{length} bytes, where 1 to {stream.sendable_bytes} may be sent")
         self._outbox.add_data(stream_id, data, length)
 
-    def send_limit_now(self, stream_id: int) -> int:
-        """The longest payload that `send_data_now` takes; 0 without credit, or while anything is queued."""
+    def send_limit_now(self, stream_id: int, frames: int) -> int:
+        """How many bytes `send_data_now` takes in so many frames; 0 without credit, or while anything is
+        queued.
+        """
         stream = self._streams.get(stream_id)
         if stream is None or stream.local is not _FLOWING or self._outbox.bytes_queued:
             return 0
-        room = stream.available - FRAME_COST_BYTES
-        if room >= MAX_DATA_BYTES:
-            return MAX_DATA_BYTES
-        return room if room > 0 else 0
+        full, rest = divmod(stream.available, MAX_DATA_BYTES + FRAME_COST_BYTES)
+        if full >= frames:
+            return frames * MAX_DATA_BYTES
+        return full * MAX_DATA_BYTES + max(rest - FRAME_COST_BYTES, 0)
 
-    def send_data_now(self, stream_id: int, frame: memoryview) -> None:
-        """Turn ``frame`` into a DATA frame, for a caller that writes it at once: the fast path for a lone
-        small payload. The payload follows HEADER_BYTES of room in ``frame``; nothing is queued.
+    def send_data_now(self, stream_id: int, length: int, buffer: memoryview) -> memoryview:
+        """Make DATA frames of the next ``length`` bytes of a stream, for a caller that writes them at once:
+        the fast path. Nothing is queued.
 
-        Raises LocalProtocolError for an empty payload, or one above `send_limit_now`.
+        The payloads are in ``buffer``, 32768 bytes each but the last, and in front of each is room for a
+        header. Returns the part of it to be written. Raises LocalProtocolError for no bytes, or more than
+        `send_limit_now`.
         """
-        length = len(frame) - HEADER_BYTES
         stream = self._streams.get(stream_id)
+        cost = length + -(-length // MAX_DATA_BYTES) * FRAME_COST_BYTES
         if (
             stream is None
             or stream.local is not _FLOWING
             or self._outbox.bytes_queued
-            or not 0 < length <= MAX_DATA_BYTES
-            or (left := stream.available - length - FRAME_COST_BYTES) < 0
+            or length <= 0
+            or (left := stream.available - cost) < 0
         ):
             raise LocalProtocolError(f"{length} bytes cannot be sent at once on stream {stream_id}")
         stream.available = left
-        HEADER.pack_into(frame, 0, DATA_KIND, length, stream_id)
+        end = 0
+        while length > 0:
+            payload = length if length < MAX_DATA_BYTES else MAX_DATA_BYTES
+            HEADER.pack_into(buffer, end, DATA_KIND, payload, stream_id)
+            end += HEADER_BYTES + payload
+            length -= payload
+        return buffer[:end]
 
     def send_eof(self, stream_id: int) -> None:
         """End this half of the stream (FIN): this end sends no more data on it.

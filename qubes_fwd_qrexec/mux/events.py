@@ -40,10 +40,10 @@ class AcceptReceived:
 
 @dataclass(slots=True)
 class DataReceived:
-    """A payload of 1 to 32768 bytes, copied from the chunk it came in."""
+    """A payload of 1 to 32768 bytes: a view of the chunk. Use or copy it before the next `receive_data`."""
 
     stream_id: int
-    data: bytes | bytearray
+    data: memoryview
 
     @property
     def cost(self) -> int:

@@ -41,7 +41,7 @@ class FlowConnection(Endpoint[FlowEvent]):
     SLOT: ClassVar = "flow"
 
     def __init__(self, hello: Hello, target_ports: range) -> None:
-        reader = FrameReader(wire.FLOW_SHAPES, wire.DATAGRAMS_KIND, is_copying=False)
+        reader = FrameReader(wire.FLOW_SHAPES, wire.DATAGRAMS_KIND)
         super().__init__(hello, target_ports, reader)
         self.late_datagrams = 0
         """How many datagrams have arrived on flows that were over, and were dropped."""
@@ -155,7 +155,7 @@ class FlowConnection(Endpoint[FlowEvent]):
             if outbox.control_bytes > self.control_bound_bytes:
                 raise RemoteProtocolError("the peer sends and does not read")
             if frame_type == _DATAGRAMS and flow_id in flows:
-                segment, data = decode_datagrams(untrusted_payload)  # type: ignore[arg-type]
+                segment, data = decode_datagrams(untrusted_payload)
                 yield DatagramsReceived(flow_id, segment, data)
             elif self._is_closed:
                 return

@@ -72,7 +72,7 @@ class Incoming(Streams):
                 stream.receive(cost)
                 if stream.local < Half.RESET:
                     self.granted_bytes -= cost
-                    yield DataReceived(stream_id, untrusted_payload)  # type: ignore[arg-type]
+                    yield DataReceived(stream_id, untrusted_payload)
                 else:
                     yield None
             elif self._is_closed:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Chunks of bytes in, frames out. It knows the layout of the header and the legal lengths, and no more.
 
-Payloads of streams are copied exactly once, so that keeping a payload never keeps the chunk it came in. Those
-of datagram calls are views of the chunk, as nobody keeps them. At most one frame, of the greatest length that
-is legal in the kind of call, is ever buffered.
+No payload is copied: each is a view of the chunk, to be used or copied before the next one. Only a frame
+that comes in pieces is put together here, so at most one, of the greatest length that is legal in the kind of
+call, is ever buffered.
 """
 
 from collections.abc import Iterator
@@ -11,29 +11,24 @@ from collections.abc import Iterator
 from .limits import HEADER_BYTES
 from .wire import DATA_KIND, HEADER, STREAM_SHAPES, Buffer, Shapes, check_header
 
-Frame = tuple[int, int, Buffer]
+Frame = tuple[int, int, memoryview]
 """Type, stream, payload."""
 
 
 class FrameReader:
     """Cuts a byte stream into frames, however it is chunked.
 
-    ``shapes``: the frames of this kind of call; ``bulk_kind``: the most frequent one of them. ``is_copying``:
-    whether payloads are `bytes` or a `bytearray` of their own, or else `memoryview`: of the chunk, if they
-    came in one piece.
+    ``shapes``: the frames of this kind of call; ``bulk_kind``: the most frequent one of them.
     """
 
-    __slots__ = ("_bulk_kind", "_bulk_least", "_bulk_most", "_is_copying", "_shapes", "partial")
+    __slots__ = ("_bulk_kind", "_bulk_least", "_bulk_most", "_shapes", "partial")
 
-    def __init__(
-        self, shapes: Shapes = STREAM_SHAPES, bulk_kind: int = DATA_KIND, is_copying: bool = True
-    ) -> None:
+    def __init__(self, shapes: Shapes = STREAM_SHAPES, bulk_kind: int = DATA_KIND) -> None:
         self.partial = bytearray()
         """The part of an incomplete frame that has arrived; do not change it."""
         self._shapes = shapes
         self._bulk_kind = bulk_kind
         self._bulk_least, self._bulk_most, _ = shapes[bulk_kind]
-        self._is_copying = is_copying
 
     @property
     def has_partial_frame(self) -> bool:
@@ -54,9 +49,6 @@ class FrameReader:
             if frame is None:
                 return
             yield frame
-        # Slicing bytes makes the one copy; slicing a view makes none, so that one is copied below.
-        source = untrusted_chunk if self._is_copying and isinstance(untrusted_chunk, bytes) else view
-        is_copied_here = self._is_copying and source is view
         bulk_kind, bulk_least, bulk_most = self._bulk_kind, self._bulk_least, self._bulk_most
         unpack_from = HEADER.unpack_from
         while size - position >= HEADER_BYTES:
@@ -70,10 +62,7 @@ class FrameReader:
             if end > size:
                 break
             position = end
-            if is_copied_here:
-                yield frame_type, stream_id, bytes(source[start:end])
-            else:
-                yield frame_type, stream_id, source[start:end]
+            yield frame_type, stream_id, view[start:end]
         if position < size:
             self.partial += view[position:]
 
@@ -101,9 +90,7 @@ class FrameReader:
         if len(partial) < HEADER_BYTES + length:
             return None
         self.partial = bytearray()
-        # It is handed over without a copy: cutting a bytearray at its front moves a pointer and no bytes.
-        del partial[:HEADER_BYTES]
-        return kind >> 8, stream_id, partial if self._is_copying else memoryview(partial)
+        return kind >> 8, stream_id, memoryview(partial)[HEADER_BYTES:]
 
 
 def _header(partial: bytearray) -> tuple[int, int, int]:

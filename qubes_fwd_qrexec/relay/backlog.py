@@ -5,7 +5,6 @@ All streams share the call. What is queued is bounded, so that a keystroke never
 streams take turns, so that each one gets its share.
 """
 
-import itertools
 import socket
 from collections.abc import Callable
 from typing import Protocol
@@ -15,16 +14,14 @@ from qubes_fwd_qrexec.mux import MAX_DATA_BYTES, Connection
 from .callwriter import SHORTAGE, CallWriter
 from .loop import End, Loop
 
-# Bulk streams are not read while more than this is queued, so that a keystroke waits for so much and no more
-# (docs/behaviours.md, 20: 20 ms, which is 2 MiB at 100 MiB/s).
-HIGH_BYTES = 256 << 10
-_LOW_BYTES = 64 << 10
-# A stream that is not bulk waits only when more than this is queued, and never behind bulk streams.
-MAX_BYTES = 2 * HIGH_BYTES
-# What a stream sends in one turn at most: four of the longest frames, which go out in one write.
-TURN_BYTES = 4 * MAX_DATA_BYTES
-# How many streams get a turn once little is left in the queue.
-_TURNS = HIGH_BYTES // TURN_BYTES
+# A stream that is not bulk waits only when more than this is queued (docs/behaviours.md, 20: 20 ms, which is
+# 2 MiB at 100 MiB/s), and never behind bulk streams. Those are not read while the call has not taken all that
+# is queued, so that a keystroke waits for one turn of one of them.
+MAX_BYTES = 512 << 10
+# What a stream sends in one turn at most: so many of the longest frames, which go out in one write. That is
+# about as much as the socket buffers on its way hold.
+BULK_FRAMES = 8
+TURN_BYTES = BULK_FRAMES * MAX_DATA_BYTES
 
 
 class Sender(Protocol):
@@ -56,46 +53,32 @@ class Backlog(CallWriter):
         self._connection = connection
         # A dict, because it is ordered and any sender can leave.
         self.waiting: dict[Sender, None] = {}
+        self._next: Sender | None = None
+        """Whose turn it is."""
 
     def room(self, sender: Sender) -> int:
-        """How many bytes a stream may send now. At 0 it is resumed when it gets credit, or is its turn."""
+        """How many bytes a stream may queue now. At 0 it is resumed when it gets credit, or is its turn."""
         limit = self._connection.send_limit(sender.stream_id)
-        if limit:
-            queued = self._unsent_bytes + self._connection.bytes_queued
-            is_turn_over = sender.is_bulk and (queued > HIGH_BYTES or self.waiting)
-            if is_turn_over or queued > MAX_BYTES:
-                self.waiting[sender] = None
-                return 0
+        if limit and (self._is_turn_over(sender) or self.bytes_queued > MAX_BYTES):
+            self.waiting[sender] = None
+            return 0
         return limit
 
-    def give_turns(self) -> None:
-        """Resume the streams that have waited longest, as many as there is room for.
-
-        Some of them may have nothing left to send. So that nobody waits behind those, the next ones get their
-        turn in the next turn of the loop, whatever these do.
-        """
-        if self.waiting and self.bytes_queued < _LOW_BYTES:
-            for sender in list(itertools.islice(self.waiting, _TURNS)):
-                del self.waiting[sender]
-                sender.is_bulk = False
-                self._loop.guarded(sender.fail, sender.resume)
-            if self.waiting:
-                self._loop.after(0.0, self._ready, self._fail)
-
-    def forget(self, sender: Sender) -> None:
-        """A stream has ended: it waits for no turn."""
-        self.waiting.pop(sender, None)
-
     def room_now(self, sender: Sender) -> int:
-        """How many bytes a stream may send with `send_now`; 0 while anything is queued."""
-        if self._unsent_bytes or self._is_broken:
+        """How many bytes a stream may send with `send_now`; 0 while anything is queued, and to a bulk stream
+        while others wait for their turn.
+        """
+        if self._unsent_bytes or self._is_broken or self._is_turn_over(sender):
             return 0
-        return self._connection.send_limit_now(sender.stream_id)
+        return self._connection.send_limit_now(sender.stream_id, BULK_FRAMES if sender.is_bulk else 1)
 
-    def send_now(self, frame: memoryview) -> None:
-        """Write a frame while nothing is queued; what the call does not take is copied and queued."""
+    def _is_turn_over(self, sender: Sender) -> bool:
+        return sender.is_bulk and sender is not self._next and (self._unsent_bytes > 0 or bool(self.waiting))
+
+    def send_now(self, frames: memoryview) -> None:
+        """Write frames while nothing is queued; what the call does not take is copied and queued."""
         try:
-            count = self._sink.send(frame)
+            count = self._sink.send(frames)
         except (BlockingIOError, InterruptedError):
             count = 0
         except OSError as error:
@@ -103,7 +86,25 @@ class Backlog(CallWriter):
                 self._break()
                 return
             count = 0
-        if count < len(frame):
-            self._unsent.append(bytes(frame[count:]))
-            self._unsent_bytes = len(frame) - count
+        if count < len(frames):
+            self._unsent.append(bytes(frames[count:]))
+            self._unsent_bytes = len(frames) - count
             self._write()
+
+    def give_turns(self) -> None:
+        """Resume the stream that has waited longest, once nothing is queued.
+
+        It may have nothing left to send. So that nobody waits behind it, the next one gets its turn in the
+        next turn of the loop, whatever this one does.
+        """
+        if self.waiting and not self.bytes_queued:
+            self._next = sender = next(iter(self.waiting))
+            del self.waiting[sender]
+            self._loop.guarded(sender.fail, sender.resume)
+            self._next = None
+            if self.waiting:
+                self._loop.after(0.0, self._ready, self._fail)
+
+    def forget(self, sender: Sender) -> None:
+        """A stream has ended: it waits for no turn."""
+        self.waiting.pop(sender, None)

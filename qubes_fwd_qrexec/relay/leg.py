@@ -8,11 +8,11 @@ after everything that arrived before it. Anything that goes wrong is an abort: o
 import errno
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from select import EPOLLERR
 from socket import AF_UNIX
 
-from qubes_fwd_qrexec.mux import FRAME_COST_BYTES, Buffer, ResetCode
+from qubes_fwd_qrexec.mux import FRAME_COST_BYTES, MAX_DATA_BYTES, Buffer, ResetCode
 
 from .backlog import TURN_BYTES
 from .budget import FLOOR_BYTES
@@ -122,15 +122,15 @@ class Leg(WatchedSocket):
             self._gone(events)
 
     def _pull(self) -> None:
-        """Read while frames are full and there is credit, and send everything on in the same turn."""
-        if not self.is_bulk and self._loop.served == 1 and not self._pull_one():
+        """Read what one turn may send, and send it on."""
+        if (self.is_bulk or self._loop.served == 1) and (limit := self._owner.backlog.room_now(self)):
+            self._pull_now(limit)
             return
         stop_at = self.sent + TURN_BYTES
         while self.sent < stop_at:
             limit = self._owner.backlog.room(self)
             if not limit:
-                self._watch(self._mask & ~READ)
-                self.seen = BYTES
+                self._wait_for_room()
                 return
             try:
                 data = self.sock.recv(limit)
@@ -145,32 +145,43 @@ class Leg(WatchedSocket):
                 return
             self._count_sent(len(data))
             self._owner.send_data(self.stream_id, data)
-            if len(data) < limit:
-                self.is_bulk = False
+            self.is_bulk = len(data) == limit
+            if not self.is_bulk:
                 return
-        self.is_bulk = True
 
-    def _pull_one(self) -> bool:
-        """The fast path for a lone small payload: one read and one write, without a copy.
-
-        Returns whether there may be more to read.
-        """
+    def _pull_now(self, limit: int) -> None:
+        """The fast path, for a lone small payload and for bulk: one read and one write, without a copy."""
         owner = self._owner
-        if not (limit := owner.backlog.room_now(self)):
-            return True
         try:
-            count = self.sock.recv_into(owner.payload_buffer, limit)
+            if limit <= MAX_DATA_BYTES:
+                count = self.sock.recv_into(owner.payload_buffer, limit)
+            else:
+                count = self.sock.recvmsg_into(owner.payload_buffers(limit))[0]
         except (BlockingIOError, InterruptedError):
-            return False
+            self.is_bulk = False
+            self._watch_too(READ)
+            return
         except OSError:
             self.abort_from_here()
-            return False
-        if not count:
-            return True  # the caller reads the end of file again
+            return
         self.moved_at = time.monotonic()
+        if not count:
+            self._end_of_file()
+            return
         self._count_sent(count)
         owner.send_now(self.stream_id, count)
-        return count == limit
+        if count < limit and count < MAX_DATA_BYTES:
+            self.is_bulk = False
+            self._watch_too(READ)
+        elif self.is_bulk and not owner.backlog.room(self):
+            self._wait_for_room()
+        else:
+            self.is_bulk = True
+            self._watch_too(READ)
+
+    def _wait_for_room(self) -> None:
+        self._watch(self._mask & ~READ)
+        self.seen = BYTES
 
     def _count_sent(self, count: int) -> None:
         self.sent += count
@@ -190,7 +201,11 @@ class Leg(WatchedSocket):
 
     def resume(self) -> None:
         """There is credit again, or it is this stream's turn."""
-        if not self._sent_eof and self.ended is None:
+        if self._sent_eof or self.ended is not None:
+            return
+        if self.is_bulk and self.is_watched and (limit := self._owner.backlog.room_now(self)):
+            self._pull_now(limit)  # there is more, so the kernel is not asked first
+        else:
             self._watch_too(READ)
 
     def _gone(self, events: int) -> None:
@@ -216,21 +231,22 @@ class Leg(WatchedSocket):
 
     # From the mux call into the socket
 
-    def deliver(self, data: Buffer, frames: int = 1) -> None:
-        """Data of the other end, which came in so many ``frames``.
+    def deliver(self, payloads: Sequence[Buffer]) -> None:
+        """Data of the other end, which came in so many frames.
 
         What the socket takes is written at once; the rest is copied and kept until it does.
         """
-        length = len(data)
-        cost = length + frames * FRAME_COST_BYTES
+        is_one = len(payloads) == 1
+        length = len(payloads[0]) if is_one else sum(map(len, payloads))
+        cost = length + len(payloads) * FRAME_COST_BYTES
         self.received += length
         if self._broken_by:
             return
         if self.pending is not None:
-            self.pending.add(data, cost)
+            self.pending.add(b"".join(payloads), cost)
             return
         try:
-            sent = self.sock.send(data)
+            sent = self.sock.send(payloads[0]) if is_one else self.sock.sendmsg(payloads)
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
@@ -240,7 +256,7 @@ class Leg(WatchedSocket):
         if sent == length:
             self._taken(cost)
             return
-        self.pending = Pending(data[sent:], cost)
+        self.pending = Pending(b"".join(payloads)[sent:], cost)
         self._watch_too(WRITE)
 
     def receive_eof(self) -> None:

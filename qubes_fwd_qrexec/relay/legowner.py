@@ -20,11 +20,14 @@ class LegOwner(Protocol):
     payload_buffer: memoryview
     """Where a leg puts a payload for `send_now`; also room for bytes that nobody wants."""
 
+    def payload_buffers(self, limit: int) -> list[memoryview]:
+        """Where a leg puts ``limit`` bytes for `send_now` that may be several payloads."""
+
     def send_data(self, stream_id: int, data: bytes) -> None:
         """Queue ``data``, of at most `Backlog.room` bytes."""
 
     def send_now(self, stream_id: int, length: int) -> None:
-        """Send the first ``length`` bytes of ``payload_buffer``, at most `Backlog.room_now`."""
+        """Send the first ``length`` bytes in ``payload_buffer`` or `payload_buffers`."""
 
     def send_eof(self, stream_id: int) -> None:
         """Queue EOF: the local peer sends nothing more."""

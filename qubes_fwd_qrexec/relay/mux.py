@@ -34,15 +34,17 @@ from qubes_fwd_qrexec.mux import (
     ResetReceived,
 )
 
-from .backlog import Backlog
+from .backlog import BULK_FRAMES, Backlog
 from .budget import Budget, Share
 from .idleness import HALF_CLOSE_S, Idleness
 from .leg import Leg
 from .looks import Looks
 from .loop import Loop
-from .muxbase import TURN_FRAMES, MuxBase
+from .muxbase import TURN_FRAMES, MuxBase, new_buffer
 from .muxowner import MuxOwner
 from .patience import HELLO_S
+
+_FRAME_BYTES = HEADER_BYTES + MAX_DATA_BYTES
 
 
 class Mux(MuxBase):
@@ -72,8 +74,12 @@ class Mux(MuxBase):
         self.connection = connection
         self.legs: dict[int, Leg] = {}
         self._owner = owner
-        self._frame_buffer = memoryview(bytearray(HEADER_BYTES + MAX_DATA_BYTES))
-        self.payload_buffer = self._frame_buffer[HEADER_BYTES:]
+        self._frames = new_buffer(BULK_FRAMES * _FRAME_BYTES)
+        self._payloads = [
+            self._frames[start + HEADER_BYTES : start + _FRAME_BYTES]
+            for start in range(0, len(self._frames), _FRAME_BYTES)
+        ]
+        self.payload_buffer = self._payloads[0]
         self.idleness = Idleness(half_close_s, idle_s, time.monotonic())
         self._looks = Looks()
         self.backlog = Backlog(loop, connection, sink, self._flush_soon, self._call_broken, self.fail)
@@ -130,10 +136,12 @@ class Mux(MuxBase):
         self.connection.send_data(stream_id, data)
         self._flush_soon()
 
+    def payload_buffers(self, limit: int) -> list[memoryview]:
+        full, rest = divmod(limit, MAX_DATA_BYTES)
+        return [*self._payloads[:full], self._payloads[full][:rest]] if rest else self._payloads[:full]
+
     def send_now(self, stream_id: int, length: int) -> None:
-        frame = self._frame_buffer[: HEADER_BYTES + length]
-        self.connection.send_data_now(stream_id, frame)
-        self.backlog.send_now(frame)
+        self.backlog.send_now(self.connection.send_data_now(stream_id, length, self._frames))
 
     def send_eof(self, stream_id: int) -> None:
         self.connection.send_eof(stream_id)
@@ -163,7 +171,7 @@ class Mux(MuxBase):
     def _take_events(self, events: Iterator[Event | None]) -> Iterator[None]:
         """Frames of one stream that come in a row are written as one: each write wakes a reader."""
         stream_id = 0
-        run: list[bytes | bytearray] = []
+        run: list[memoryview] = []
         left = TURN_FRAMES
         try:
             for event in events:
@@ -188,7 +196,7 @@ class Mux(MuxBase):
                 self._deliver(stream_id, run)
 
     def _deliver(self, stream_id: int, run: Sequence[Buffer]) -> None:
-        self._to_leg(stream_id, Leg.deliver, run[0] if len(run) == 1 else b"".join(run), len(run))
+        self._to_leg(stream_id, Leg.deliver, run)
 
     def _to_leg(self, stream_id: int, method: Callable[..., None], *arguments: object) -> None:
         """Earlier data may have ended it, as writing shows an abort."""

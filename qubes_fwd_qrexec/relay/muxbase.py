@@ -4,6 +4,7 @@
 `mux` carries streams, `flowmux` datagrams.
 """
 
+import mmap
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -26,6 +27,11 @@ TURN_FRAMES = 256
 # A call that takes nothing more has ended: its last bytes for us arrive within this time or never. It is also
 # how long the final GOAWAY waits for a peer that does not read.
 _LAST_READ_S = 1.0
+
+
+def new_buffer(size: int) -> memoryview:
+    """A buffer that takes memory only as far as it has been used."""
+    return memoryview(mmap.mmap(-1, size))
 
 
 class _Endpoint(Queued, Protocol):
@@ -83,7 +89,7 @@ class MuxBase(ABC):
         self._call_owner = owner
         self._source = source
         self._writer = writer
-        self._read_buffer = memoryview(bytearray(_READ_BYTES))
+        self._read_buffer = new_buffer(_READ_BYTES)
         self._taking: Iterator[None] | None = None
         self._is_flush_due = False
         try:

@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.mux import (
 )
 from qubes_fwd_qrexec.mux.limits import CONTROL_BYTES
 
-from .helpers import CREDIT, ORIGIN, data_frame, feed, open_frame, ready, reset_frame, take
+from .helpers import CREDIT, ORIGIN, PORTS, data_frame, feed, hello, open_frame, ready, reset_frame, take
 
 
 def flowing(credit: int = CREDIT) -> Connection:
@@ -157,57 +157,87 @@ def test_taking_the_fast_path_gives_the_same_events(payloads, data):
     assert [short.granted(i) for i in (1, 2)] == [long.granted(i) for i in (1, 2)]
 
 
-def frame_of(payload: bytes) -> memoryview:
-    """Room for a header, and a payload behind it."""
-    return memoryview(bytearray(HEADER_BYTES) + payload)
+FRAME_BYTES = HEADER_BYTES + MAX_DATA_BYTES
 
 
-@given(st.binary(min_size=1, max_size=300))
-def test_a_frame_that_is_sent_at_once_is_the_one_that_would_be_queued(payload):
-    now, queued = flowing(), flowing()
-    for connection in (now, queued):
-        feed(connection, wire.encode_credit(1, CREDIT))
-    frame = frame_of(payload)
-    now.send_data_now(1, frame)
-    queued.send_data(1, payload)
-    assert bytes(frame) == take(queued)
-    assert now.send_limit(1) == queued.send_limit(1)
+def buffer_of(payload: bytes) -> memoryview:
+    """The payload in pieces, with room for a header in front of each, and more room behind."""
+    pieces = [payload[start : start + MAX_DATA_BYTES] for start in range(0, len(payload), MAX_DATA_BYTES)]
+    room = b"\xff" * HEADER_BYTES
+    return memoryview(bytearray(b"".join(room + piece for piece in pieces) + bytes(FRAME_BYTES)))
+
+
+def send_now(connection: Connection, stream_id: int, payload: bytes) -> bytes:
+    return bytes(connection.send_data_now(stream_id, len(payload), buffer_of(payload)))
+
+
+def rich(credit: int = 8 * FRAME_BYTES) -> Connection:
+    """A listener side with stream 1, which may send that much."""
+    listener = Connection(hello("listener", window_bytes=1 << 20), PORTS)
+    feed(listener, wire.encode_hello(hello("target", window_bytes=1 << 20)))
+    listener.open_stream(8080, ORIGIN, CREDIT)
+    feed(listener, wire.encode_accept(1, credit))
+    take(listener)
+    return listener
+
+
+@pytest.mark.parametrize("length", [1, 300, *(n * MAX_DATA_BYTES + d for n in (1, 2) for d in (-1, 0, 1))])
+def test_what_is_sent_at_once_is_what_would_be_queued(length):
+    now, queued = rich(), rich()
+    payload = bytes(range(251)) * 300
+    payload = payload[:length]
+    sent = send_now(now, 1, payload)
+    for start in range(0, length, MAX_DATA_BYTES):
+        queued.send_data(1, payload[start : start + MAX_DATA_BYTES])
+    assert sent == take(queued)
+    assert now.send_limit_now(1, 8) == queued.send_limit_now(1, 8)
     assert take(now) == b""
 
 
 def test_as_much_may_be_sent_at_once_as_may_be_queued():
     connection = flowing()
-    assert connection.send_limit_now(1) == connection.send_limit(1) > 0
+    assert connection.send_limit_now(1, 1) == connection.send_limit(1) > 0
     feed(connection, wire.encode_credit(1, 32_768))
-    assert connection.send_limit_now(1) == connection.send_limit(1) == MAX_DATA_BYTES
-    assert connection.send_limit_now(3) == 0
+    assert connection.send_limit_now(1, 1) == connection.send_limit(1) == MAX_DATA_BYTES
+    assert connection.send_limit_now(3, 1) == 0
+
+
+@pytest.mark.parametrize("frames", [1, 2, 8])
+@given(credit=st.integers(2048, 9 * FRAME_BYTES))
+def test_the_limit_of_several_frames_is_all_that_the_credit_is_good_for(frames, credit):
+    now, queued = rich(credit), rich(credit)
+    could = 0
+    for _ in range(frames):
+        if limit := queued.send_limit(1):
+            queued.send_data(1, bytes(limit))
+        could += limit
+    assert now.send_limit_now(1, frames) == could
+    send_now(now, 1, bytes(could))
+    assert now.send_limit(1) == queued.send_limit(1)
 
 
 def test_credit_that_is_used_up_leaves_no_room():
-    listener = ready("listener")
-    listener.open_stream(8080, ORIGIN, CREDIT)
-    feed(listener, wire.encode_accept(1, 2048))
-    take(listener)
-    listener.send_data_now(1, frame_of(bytes(2048 - FRAME_COST_BYTES)))
-    assert listener.send_limit_now(1) == listener.send_limit(1) == 0
+    listener = rich(2048)
+    send_now(listener, 1, bytes(2048 - FRAME_COST_BYTES))
+    assert listener.send_limit_now(1, 8) == listener.send_limit_now(1, 1) == listener.send_limit(1) == 0
 
 
 def test_nothing_overtakes_what_is_queued():
     connection = flowing()
     connection.send_data(2, b"first")
-    assert connection.send_limit_now(1) == 0
+    assert connection.send_limit_now(1, 1) == 0
     with pytest.raises(LocalProtocolError, match="5 bytes cannot be sent at once on stream 1"):
-        connection.send_data_now(1, frame_of(b"later"))
+        send_now(connection, 1, b"later")
 
 
 @pytest.mark.parametrize(("stream_id", "length"), [(1, 0), (1, CREDIT), (3, 1)])
 def test_what_may_not_be_sent_is_refused(stream_id, length):
     with pytest.raises(LocalProtocolError, match="cannot be sent at once"):
-        flowing().send_data_now(stream_id, frame_of(bytes(length)))
+        send_now(flowing(), stream_id, bytes(length))
 
 
 def test_nothing_is_sent_after_eof():
     connection = flowing()
     connection.send_eof(1)
     take(connection)
-    assert connection.send_limit_now(1) == 0
+    assert connection.send_limit_now(1, 1) == 0

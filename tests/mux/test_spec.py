@@ -114,7 +114,8 @@ def decode(frame):
     frame_type = FrameType(frame[0])
     is_of_flows = frame_type in FLOW_FRAMES
     reader = FrameReader(wire.FLOW_SHAPES, wire.DATAGRAMS_KIND) if is_of_flows else FrameReader()
-    [(number, stream_id, payload)] = reader.frames(frame)
+    [(number, stream_id, view)] = reader.frames(frame)
+    payload = bytes(view)
     assert number == frame_type
     values = {"flow" if is_of_flows else "stream": stream_id} if stream_id else {}
     match frame_type:

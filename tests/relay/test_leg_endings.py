@@ -249,9 +249,9 @@ def test_what_comes_for_a_broken_connection_is_dropped(bench: MuxBench, stream: 
     bench.stall(stream.server)
     abort(stream.server)
     wait_for_news_of_its_end(stream.far.sock)
-    stream.far.deliver(b"x")
+    stream.far.deliver([b"x"])
     assert stream.far.is_broken
-    stream.far.deliver(b"y")
+    stream.far.deliver([b"y"])
     assert stream.far.pending is None
     stream.near.abort_from_here()
     bench.until(lambda: len(stream.ends) == 2)
@@ -261,7 +261,7 @@ def test_a_lost_stream_whose_socket_is_broken_ends_at_once(bench: MuxBench, stre
     bench.stall(stream.server)
     abort(stream.server)
     wait_for_news_of_its_end(stream.far.sock)
-    stream.far.deliver(b"x")
+    stream.far.deliver([b"x"])
     stream.far.abort_from_there()
     assert stream.ends["far"] is LegEnd.REMOTE_RESET
 

@@ -227,6 +227,10 @@ class Counting(socket.socket):
         self.writes += 1
         return super().send(*arguments)
 
+    def sendmsg(self, *arguments: Any) -> int:
+        self.writes += 1
+        return super().sendmsg(*arguments)
+
 
 def test_frames_of_one_stream_that_come_in_a_row_are_one_write(bench: MuxBench) -> None:
     client, near = bench.open()
