@@ -26,7 +26,7 @@ from .crowd import Crowd, Host, Member, client_key
 # A listener holds at most so many, over several mux calls: as many as one address has ports.
 PROCESS_MAX = 65_536
 # And one for each so much of the qube's memory. An idle one takes a quarter of that: 2 KiB here, as much for
-# its floor (`budget`), and 4 KiB in the kernel (docs/numbers.md). So a sys-net of 400 MiB holds 12,800.
+# its floor (`budget`), and 4 KiB in the kernel (docs/facts.md, L28). So a sys-net of 400 MiB holds 12,800.
 MEMORY_EACH_BYTES = 32 << 10
 # What sockets may hold beside that is another quarter, if that is less than `HELD_BYTES`.
 _HELD_PART = 4
