@@ -28,6 +28,7 @@ PROCESS_MAX = 65_536
 # And one for each so much of the qube's memory. An idle one takes a quarter of that: 2 KiB here, as much for
 # its floor (`budget`), and 4 KiB in the kernel (docs/facts.md, L28). So a sys-net of 400 MiB holds 12,800.
 MEMORY_EACH_BYTES = 32 << 10
+_LOOK_S = 1.0
 # What sockets may hold beside that is another quarter, if that is less than `HELD_BYTES`.
 _HELD_PART = 4
 # An ordinary program may have 1024 files open (systemd's soft limit, DefaultLimitNOFILE). So no honest client
@@ -111,8 +112,10 @@ class Process:
     ) -> None:
         """``yields``: how many connections a second are ended to make room for those of others. ``memory``:
         how many bytes the qube has now, which may be too few for ``connections_max``."""
-        self._connections_max = connections_max
+        self._most = connections_max
         self._memory = memory
+        self._room = 0
+        self._look_at = -math.inf
         self.connections = 0
         self._clock = clock
         self._yields = Bucket(yields, yields, clock())
@@ -120,8 +123,12 @@ class Process:
 
     @property
     def connections_max(self) -> int:
-        """How many there may be now."""
-        return max(1, min(self._connections_max, self._memory() // MEMORY_EACH_BYTES))
+        """How many there may be now; once a second it asks the kernel how much memory there is."""
+        now = self._clock()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_S
+            self._room = max(1, min(self._most, self._memory() // MEMORY_EACH_BYTES))
+        return self._room
 
     @property
     def rule_max(self) -> int:

@@ -444,12 +444,15 @@ def test_a_process_with_few_files_takes_fewer(descriptors: int, connections: int
 
 
 def test_a_qube_holds_one_for_each_32_kib_that_it_has_now_and_not_more_than_it_may() -> None:
-    memory = 400 << 20
-    process = Process(15_000, memory=lambda: memory)
+    memory, clock = 400 << 20, Clock()
+    process = Process(15_000, clock, memory=lambda: memory)
     assert (process.connections_max, process.rule_max) == (12_800, 9_600)
     memory *= 2
+    assert process.connections_max == 12_800, "it looks once a second"
+    clock.now += 1
     assert (process.connections_max, process.rule_max) == (15_000, 11_250), "dom0 has given it more"
     memory = 1000
+    clock.now += 1
     assert process.connections_max == 1
 
 
