@@ -55,7 +55,7 @@ FULL = Effort(
     crowd=5000,
     crowd_bytes=2 * _MIB,
     crowd_limit_s=600.0,
-    stock_each=10,
+    stock_each=5,
 )
 QUICK = Effort(
     rounds=4,

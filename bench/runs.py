@@ -20,7 +20,7 @@ RUNS = {
     "fair": "--rows fair --peers direct,socat,call,mux",
     "memory": "--rows memory,stock",
     "growth": "growth",
-    "held": "held",
+    "held": "held --idle 2",
     "admin": "admin --calls",
     "window": "window",
     "guard": "guard --store",
