@@ -83,7 +83,7 @@ bench: $(VENV)/.dev $(HANDOVER)
 bench-quick: $(VENV)/.dev
 	$(VENV)/bin/python -m bench guard $(ARGS)
 
-bench-all: $(VENV)/.dev
+bench-all: $(VENV)/.dev $(HANDOVER)
 	@tools/debian-packages --optional socat
 	$(VENV)/bin/python -m bench all $(ARGS)
 

@@ -6,6 +6,8 @@ import re
 import pytest
 
 from bench.page import PAGE, PLACE, made, pictures
+from bench.peers import PEERS
+from bench.rows import ROWS
 from bench.runs import RUNS
 
 
@@ -22,6 +24,13 @@ def test_each_picture_is_what_the_runs_make_and_is_shown(name: str) -> None:
 
 def test_each_run_that_is_kept_can_be_made_again() -> None:
     assert {path.stem for path in PLACE.glob("*.json")} == {*RUNS, "before"}
+
+
+def test_each_run_names_rows_and_peers_that_there_are() -> None:
+    for words in map(str.split, RUNS.values()):
+        for option, known in (("--rows", set(ROWS)), ("--peers", {peer.name for peer in PEERS})):
+            if option in words:
+                assert set(words[words.index(option) + 1].split(",")) <= known
 
 
 def test_what_is_written_by_hand_stays() -> None:
