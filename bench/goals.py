@@ -18,7 +18,8 @@ _WHITHER = ("upload", "download")
 class Found:
     """What was found; ``before`` is the state that the goals were set for, measured beside ``connect``.
 
-    ``turn_s`` is the window's longest turn after its start.
+    ``why_not_all`` says why fewer than 50,000 connections were held; ``turn_s`` is the window's longest turn
+    after its start.
     """
 
     before: Record
@@ -26,16 +27,17 @@ class Found:
     stream: Record
     fair: Record
     held: Sequence[Held]
+    why_not_all: str | None
     admin: Sequence[Row]
     turn_s: float
 
 
 class Goal(NamedTuple):
-    """A goal, what was found, and whether that meets it."""
+    """A goal, what was found, and whether that meets it; None if it cannot be measured."""
 
     text: str
     found: str
-    is_met: bool
+    is_met: bool | None
 
 
 def goals(found: Found) -> Iterator[Goal]:
@@ -60,8 +62,13 @@ def goals(found: Found) -> Iterator[Goal]:
     each = f"{number(many_held.each_kib)} KiB"
     yield Goal("at most 4 KiB for each of 10,000 held connections", each, many_held.each_kib <= 4)
     most = found.held[-1]
-    alive = f"{most.alive} of {most.held} alive, as many as the machine lets one process hold"
-    yield Goal("50,000 held in one listener, and alive", alive, most.alive == most.held >= 50_000)
+    alive = f"{most.alive} of {most.held} alive"
+    if found.why_not_all is not None:
+        yield Goal(
+            "50,000 held in one listener, and alive", f"{alive}, all that the machine lets it hold", None
+        )
+    else:
+        yield Goal("50,000 held in one listener, and alive", alive, most.alive == most.held >= 50_000)
     ours = [_times(found.connect, key, "call-ours") for key in ("connect-median", "many-rate")]
     yield Goal(
         "`call` to our own service is no slower than to the stock one",
@@ -109,10 +116,13 @@ def _both(times: Sequence[float]) -> str:
     return f"{times[0]:.2f} times to the server, {times[1]:.2f} to the client"
 
 
+_VERDICTS = {True: "met", False: "**missed**", None: "not measured"}
+
+
 def render(found: Iterator[Goal]) -> str:
     """A Markdown table."""
     rows = [["goal", "found", ""]]
-    rows += [[text, said, "met" if is_met else "**missed**"] for text, said, is_met in found]
+    rows += [[text, said, _VERDICTS[is_met]] for text, said, is_met in found]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     rows.insert(1, ["-" * width for width in widths])
     padded = ((text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)

@@ -93,7 +93,8 @@ def _goals(place: Path, runs: Sequence[str]) -> str:
         for name, phase in phases.items()
         if name != START
     )
-    found = Found(before, connect, stream, fair, _held(place), _admin_rows(place), longest)
+    reason = _document(place, "held")["reason"]
+    found = Found(before, connect, stream, fair, _held(place), reason, _admin_rows(place), longest)
     return goals.render(goals.goals(found))
 
 
