@@ -376,6 +376,7 @@ def test_a_hold_that_says_anything_counts(forward: Command, opened: LabDirectory
 
 def test_a_qube_of_that_name_is_no_hold() -> None:
     assert not policy.is_held("# Held web: port 80 of sys-net to port 80\n# Held\n")
+    assert not policy.is_held(f"# a comment\n# of web {policy.HOLD}\n")
     assert not policy.is_held(policy.text(Plan(())))
     assert not policy.is_held(None)
 

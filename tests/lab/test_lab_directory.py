@@ -253,6 +253,7 @@ def test_directory_is_quick_to_import_and_free_of_trio() -> None:
 
 def test_what_a_killed_writer_left_between_feature_and_delivery_is_mended(lab: LabDirectory) -> None:
     work = lab.qube_dir("work")
+    lab.set_feature("work", "other", "is for dom0 alone")
     lab.set_feature("work", "vm-config.fwd.gone", "x")
     lab.set_feature("work", "vm-config.fwd.changed", "old")
     (work.features / "vm-config.fwd.new").write_text("value", encoding="ascii")

@@ -12,9 +12,12 @@ from fake_admin import FakeQubes
 from fake_policy import FakePolicyClient
 from nftlab import PATH
 from systems import QUBES
-from worlds import ADD, BY_NFT, Command
+from worlds import ADD, BY_NFT, NOW, Command
 
+from qubes_fwd_qrexec.admin import hold
+from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import feature_matters
+from qubes_fwd_qrexec.admin.snapshot import look
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import Qube
@@ -75,11 +78,15 @@ class System:
     policy: list[str]
     command: Command
 
-    def run(self, *argv: str, stdin: str = "", status: int | None = 0) -> str:
-        """What a command prints, whose calls alone are counted."""
+    def forget(self) -> None:
+        """Count anew."""
         self.qubesd.calls.clear()
         self.qubesd.services.clear()
         self.policy.clear()
+
+    def run(self, *argv: str, stdin: str = "", status: int | None = 0) -> str:
+        """What a command prints, whose calls alone are counted."""
+        self.forget()
         result = self.command(*argv, stdin=stdin)
         assert status in (None, result.status), result.err
         return result.out
@@ -174,6 +181,17 @@ def test_resume_reads_the_system_once(system: System, size: int) -> None:
     system.run("panic", status=None)
     expected = system.expected(Cost(1, 1, lambda size: size * (size + 1), gets=5, replaces=1), size)
     system.run("resume")
+    system.check(expected)
+
+
+def test_resume_of_what_was_shown_opens_by_the_reading_that_was_compared_with_it(
+    system: System, store: Backend, size: int
+) -> None:
+    system.run("panic", status=None)
+    shown = look(store).plan(NOW, is_held=False)
+    expected = system.expected(Cost(1, 1, lambda size: size * (size + 1), gets=4, replaces=1), size)
+    system.forget()
+    hold.resume(store, NOW, shown)
     system.check(expected)
 
 
