@@ -68,9 +68,13 @@ class Backlog(CallWriter):
         """How many bytes a stream may send with `send_now`; 0 while anything is queued, and to a bulk stream
         while others wait for their turn.
         """
-        if self._unsent_bytes or self._is_broken or self._is_turn_over(sender):
+        if self._unsent_bytes or self._is_broken:
             return 0
-        return self._connection.send_limit_now(sender.stream_id, BULK_FRAMES if sender.is_bulk else 1)
+        if not sender.is_bulk:
+            return self._connection.send_limit_now(sender.stream_id, 1)
+        if self._is_turn_over(sender):
+            return 0
+        return self._connection.send_limit_now(sender.stream_id, BULK_FRAMES)
 
     def _is_turn_over(self, sender: Sender) -> bool:
         return sender.is_bulk and sender is not self._next and (self._unsent_bytes > 0 or bool(self.waiting))

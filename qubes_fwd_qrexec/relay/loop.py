@@ -150,14 +150,17 @@ class Loop:
         news = self._epoll.poll(timeout_s, _EVENTS_MAX)
         self.turn += 1
         self._new.clear()
-        due = self._take_due() if self._timers else ()
+        due = self._take_due() if self._timers and self._timers[0][0] <= time.monotonic() else ()
         self.served = len(news)
         for fd, events in news:
             # A descriptor watched since this turn began may have the number of one that was closed in this
             # turn: the event was about that one.
             watched = self._watched[fd]
             if watched is not None and fd not in self._new:
-                self.guarded(watched.fail, watched.on_ready, events)
+                try:
+                    watched.on_ready(events)
+                except Exception as bug:  # noqa: BLE001 - as in `guarded`, without another call
+                    self.bugs.ended(bug, watched.fail)
         for timer in due:
             if timer.callback is not None:
                 self.guarded(timer.end, timer.callback)

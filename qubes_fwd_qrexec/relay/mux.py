@@ -161,20 +161,19 @@ class Mux(MuxBase):
 
     # From the call
 
-    def _take(self, chunk: memoryview) -> Iterator[None]:
+    def _take_lone(self, chunk: memoryview) -> bool:
         stream_id = self.connection.receive_lone_data(chunk)
         if stream_id:
             self._deliver(stream_id, (chunk[HEADER_BYTES:],))
-            return
-        yield from self._take_events(self.connection.receive_data(chunk))
+        return stream_id > 0
 
-    def _take_events(self, events: Iterator[Event | None]) -> Iterator[None]:
+    def _take(self, chunk: memoryview) -> Iterator[None]:
         """Frames of one stream that come in a row are written as one: each write wakes a reader."""
         stream_id = 0
         run: list[memoryview] = []
         left = TURN_FRAMES
         try:
-            for event in events:
+            for event in self.connection.receive_data(chunk):
                 goes_on = type(event) is DataReceived and event.stream_id == stream_id
                 if run and not goes_on:
                     self._deliver(stream_id, run)
@@ -196,7 +195,9 @@ class Mux(MuxBase):
                 self._deliver(stream_id, run)
 
     def _deliver(self, stream_id: int, run: Sequence[Buffer]) -> None:
-        self._to_leg(stream_id, Leg.deliver, run)
+        leg = self.legs.get(stream_id)
+        if leg is not None:  # earlier data may have ended it, as writing shows an abort
+            self.loop.guarded(leg.fail, leg.deliver, run)
 
     def _to_leg(self, stream_id: int, method: Callable[..., None], *arguments: object) -> None:
         """Earlier data may have ended it, as writing shows an abort."""

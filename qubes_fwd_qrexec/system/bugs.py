@@ -67,11 +67,15 @@ class Bugs:
         try:
             call(*arguments)
         except Exception as bug:  # noqa: BLE001 - this is the one place
-            self.note(bug)
-            try:
-                end()
-            except Exception as another:  # noqa: BLE001
-                self.note(another)
+            self.ended(bug, end)
+
+    def ended(self, bug: Exception, end: Callable[[], None]) -> None:
+        """Note a bug, and call ``end`` to end what it happened to."""
+        self.note(bug)
+        try:
+            end()
+        except Exception as another:  # noqa: BLE001
+            self.note(another)
 
 
 def leave(place: "Path") -> None:
