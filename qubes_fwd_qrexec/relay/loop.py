@@ -56,10 +56,11 @@ class Timer:
 
     def __init__(self, callback: Callable[[], None], end: End) -> None:
         self.callback: Callable[[], None] | None = callback
-        self.end = end
+        self.end: End | None = end
 
     def cancel(self) -> None:
-        self.callback = None
+        """It keeps nothing of what it was for, although the loop keeps it until it is due."""
+        self.callback = self.end = None
 
 
 class Loop:
@@ -162,7 +163,7 @@ class Loop:
                 except Exception as bug:  # noqa: BLE001 - as in `guarded`, without another call
                     self.bugs.ended(bug, watched.fail)
         for timer in due:
-            if timer.callback is not None:
+            if timer.callback is not None and timer.end is not None:
                 self.guarded(timer.end, timer.callback)
         while self._soon:
             callbacks, self._soon = self._soon, []

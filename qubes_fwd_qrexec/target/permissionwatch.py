@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from qubes_fwd_qrexec.relay.loop import READ, End, Loop
+from qubes_fwd_qrexec.relay.loop import READ, End, Loop, Timer
 
 # The loop's clock stands still while the machine is suspended, and a deadline does not.
 _LOOK_AGAIN_S = 30.0
@@ -43,6 +43,7 @@ class PermissionWatch:
         self._over = over
         self._draining = draining
         self._end = end
+        self._timer: Timer | None = None
 
     @property
     def drains(self) -> bool:
@@ -50,11 +51,17 @@ class PermissionWatch:
 
     def look(self) -> None:
         """Check the permission: dom0 has sent a new list."""
+        self.stop()
         if not self._permission.look():
             self._over()
         elif self.drains:
             self._draining()
             self._look_at_time()
+
+    def stop(self) -> None:
+        """The call is over."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _look_at_time(self) -> None:
         left_s = self._permission.drain_left_s
@@ -63,7 +70,7 @@ class PermissionWatch:
         if left_s <= 0.0:
             self._over()
         else:
-            self._loop.after(min(left_s, _LOOK_AGAIN_S), self._look_at_time, self._end)
+            self._timer = self._loop.after(min(left_s, _LOOK_AGAIN_S), self._look_at_time, self._end)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.services import FORWARD_SERVICE
 from qubes_fwd_qrexec.relay.callsigns import clean_end
 from qubes_fwd_qrexec.relay.copy import Copy, CopyEnd, Relay, abort, close_cleanly, half_close
-from qubes_fwd_qrexec.relay.loop import Loop
+from qubes_fwd_qrexec.relay.loop import Loop, Timer
 from qubes_fwd_qrexec.system.outlet import Outlet
 
 from .connecting import Connecting
@@ -70,6 +70,7 @@ class SingleCall(Connecting):
         self._copies: tuple[Copy, ...] = ()
         self._open = 2
         self._down_over_at = 0.0
+        self._half_closed: Timer | None = None
         self._has_lost = False
 
     def begin(self, servers: Servers) -> None:
@@ -89,6 +90,9 @@ class SingleCall(Connecting):
             return
         self._is_over = True
         self.give_up()
+        self._watch.stop()
+        if self._half_closed is not None:
+            self._half_closed.cancel()
         for copy in self._copies:
             self._relay.stop(copy)
         if self._server is not None:
@@ -151,4 +155,5 @@ class SingleCall(Connecting):
         if quiet_s >= HALF_CLOSE_S:
             self.end()
         else:
-            self._loop.after(HALF_CLOSE_S - quiet_s, self._look_at_upload, self.fail)
+            left_s = HALF_CLOSE_S - quiet_s
+            self._half_closed = self._loop.after(left_s, self._look_at_upload, self.fail)

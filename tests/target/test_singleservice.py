@@ -14,7 +14,7 @@ from helpers import BOUND_S, no_fds_left, port_of
 from loop_time import LoopClock
 
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
-from qubes_fwd_qrexec.relay.copy import abort
+from qubes_fwd_qrexec.relay.copy import LOOK_S, abort
 from qubes_fwd_qrexec.relay.loop import Loop
 from qubes_fwd_qrexec.system import bugs
 from qubes_fwd_qrexec.target import singleservice
@@ -252,6 +252,20 @@ def test_calls_above_the_bound_are_refused_and_places_come_back(
         abort(far)
         assert call.status() == ExitStatus.SERVER_RESET
         echo(bench, *bench.connect(server))
+
+
+def test_a_call_that_is_over_leaves_nothing_behind_that_would_be_kept_for_minutes(
+    bench: Bench, server: socket.socket
+) -> None:
+    """With a hundred calls a second it would be what fills this process's memory."""
+    call, far = bench.connect(server)
+    far.close()
+    bench.until(lambda: bench.service.loop.timers_left == 2)  # the relay's, and the call's
+    call.stdin.close()
+    assert call.status() == os.EX_OK
+    bench.clock.advance(LOOK_S)
+    bench.turn()
+    assert bench.service.loop.timers_left == 0
 
 
 def test_stopping_lets_calls_finish_and_a_second_time_aborts_them(
