@@ -11,8 +11,8 @@ from helpers import BOUND_S, FakeClient, free_port, running_listener, write_conf
 
 from qubes_fwd_qrexec.system import notify as notifying
 from qubes_fwd_qrexec.system.notify import notify, reloading
-from qubes_fwd_qrexec.target.servicesocket import listen_on
-from qubes_fwd_qrexec.target.socketservice import ServiceServer
+from qubes_fwd_qrexec.target.handover import listen_on
+from qubes_fwd_qrexec.target.singleservice import SingleService
 
 
 class Manager:
@@ -89,10 +89,9 @@ async def test_a_listener_notifies_of_start_reload_problems_and_end(manager: Man
         await manager.hears("STOPPING=1", "STATUS=closed, connections may finish")
 
 
-async def test_a_service_notifies_of_start_and_end(manager: Manager, tmp_path: Path) -> None:
-    server = ServiceServer(listen_on(tmp_path / "service"))
-    async with trio.open_nursery() as nursery:
-        await nursery.start(server.run)
-        await manager.hears("READY=1")
-        server.stop()
-        await manager.hears("STOPPING=1")
+def test_a_service_notifies_of_start_and_end(manager: Manager, tmp_path: Path) -> None:
+    service = SingleService(listen_on(tmp_path / "service"))
+    service.loop.soon(service.stop, service.stop)
+    service.run()
+    assert manager.told() == ["READY=1"]
+    assert manager.told() == ["STOPPING=1"]
