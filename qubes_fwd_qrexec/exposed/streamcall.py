@@ -91,10 +91,12 @@ class StreamCall(MuxCall[Mux]):
     @property
     def sole_user(self) -> tuple[Key, float] | None:
         connections = tuple(self.connections.values())  # in one step, while the loop's thread may change it
-        keys = {client_key(connection.client) for connection in connections}
-        if self.is_opening or len(keys) != 1:
+        if self.is_opening or not connections:
             return None
-        return keys.pop(), time.monotonic() - max(connection.moved_at for connection in connections)
+        key = client_key(connections[0].client)
+        if any(client_key(connection.client) != key for connection in connections):
+            return None
+        return key, time.monotonic() - max(connection.moved_at for connection in connections)
 
     def make_mux(self, call: Call) -> Mux:
         hello = Hello(WINDOW_MAX_BYTES, secrets.token_bytes(16))
