@@ -45,11 +45,11 @@ if mode == "serve" or (mode.startswith("flows") and not udp):
     os.execv(sys.executable, [sys.executable, "-m", "qubes_fwd_qrexec.service", *udp, argument])
 elif mode.startswith("mux"):  # our service, with constants of its own
     from qubes_fwd_qrexec import service
-    from qubes_fwd_qrexec.target import callservice
+    from qubes_fwd_qrexec.target import callservice, muxservice
     for setting in mode.split()[1:]:
         name, equals, value = setting.partition("=")
-        assert hasattr(callservice, name), name
-        setattr(callservice, name, int(value))
+        (module,) = [module for module in (callservice, muxservice) if hasattr(module, name)]
+        setattr(module, name, int(value))
     sys.exit(service.main([*udp, argument]))
 elif mode.startswith("rude"):  # a target that speaks the protocol, and gives up what it is asked for
     from qubes_fwd_qrexec.mux import Connection, GoawayCode, Hello, OpenReceived, ResetCode

@@ -13,7 +13,7 @@ import socket
 from qubes_fwd_qrexec.common.allowance import Calls
 from qubes_fwd_qrexec.common.values import Proto, TargetPorts
 from qubes_fwd_qrexec.mux import Connection, Hello, OpenReceived, ResetCode
-from qubes_fwd_qrexec.relay.budget import WINDOW_MAX_BYTES, Budget
+from qubes_fwd_qrexec.relay.budget import STREAMS_MAX, WINDOW_MAX_BYTES, Budget
 from qubes_fwd_qrexec.relay.copy import abort
 from qubes_fwd_qrexec.relay.leg import Leg
 from qubes_fwd_qrexec.relay.loop import Loop
@@ -43,7 +43,7 @@ def serve(calls: Calls, start: CallStart, stdin: socket.socket, stdout: socket.s
 
     Raises `ServiceError`, and `RevocationError` if dom0 no longer allows the call or could not end it.
     """
-    budget = Budget()
+    budget = Budget(streams_max=STREAMS_MAX)
 
     def make(lease: Lease, permission: PermissionLike, bugs: Bugs) -> MuxService:
         return MuxService(calls.ports, stdin, stdout, lease, permission, bugs, budget)
