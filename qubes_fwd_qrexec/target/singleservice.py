@@ -179,13 +179,13 @@ class SingleService:
         self._calls: dict[int, _Handed] = {}
         self._last = 0
         self.loop.watch(listening.fileno(), READ, self._accept, self.stop)
+        self._rest()
 
     def run(self) -> None:
         """Serve until `stop`, and then until every call has ended, or for ``drain_s`` seconds."""
         meanings = {LOOK: self._look, signal.SIGTERM: self.stop, signal.SIGINT: self.stop}
         with called_on_signals(self.loop, meanings, self.stop):
             notify("READY=1")
-            self._rest()
             while self._calls or not self._is_stopping:
                 self.loop.run_once()
         self.loop.close()

@@ -298,6 +298,7 @@ def test_it_ends_when_it_has_had_no_call_for_a_while_and_not_before(
         call, far = bench.connect(server)
         bench.clock.advance(301)
         echo(bench, call, far)
+        assert bench.listening.fileno() >= 0
         abort(far)
         assert call.status() == ExitStatus.SERVER_RESET
         bench.clock.advance(299)
@@ -335,16 +336,20 @@ def test_a_bug_in_one_call_ends_that_call_and_is_reported_to_dom0(
     echo(bench, *bench.connect(server))
 
 
+class Short(socket.socket):
+    """It accepts nothing, as there are no descriptors left."""
+
+    tries = 0
+
+    def accept(self) -> tuple[socket.socket, object]:
+        Short.tries += 1
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
 def test_without_descriptors_it_waits_and_then_goes_on(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Short(socket.socket):
-        tries = 0
-
-        def accept(self) -> tuple[socket.socket, object]:
-            Short.tries += 1
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
+    monkeypatch.setattr(Short, "tries", 0)
     listening = Short(fileno=listen_on(tmp_path / "socket").detach())
     listening.setblocking(False)
     monkeypatch.setattr("test_singleservice.listen_on", lambda _: listening)
@@ -358,6 +363,18 @@ def test_without_descriptors_it_waits_and_then_goes_on(
         monkeypatch.setattr(Short, "accept", socket.socket.accept)
         with bench.accept(server) as far:
             echo(bench, call, far)
+
+
+def test_what_waits_for_descriptors_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listening = Short(fileno=listen_on(tmp_path / "socket").detach())
+    listening.setblocking(False)
+    monkeypatch.setattr("test_singleservice.listen_on", lambda _: listening)
+    with serving(tmp_path) as bench:
+        bench.call()
+        bench.turn()
+        bench.service.stop()
+        bench.clock.advance(0.5)
+        bench.turn()
 
 
 def test_a_connection_that_the_kernel_cannot_watch_is_refused(
