@@ -18,6 +18,7 @@ from test_handover import activated
 
 from qubes_fwd_qrexec.common.allowance import Allowance, Calls, Revoked
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.services import FORWARD_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
 from qubes_fwd_qrexec.relay.copy import abort, half_close
 from qubes_fwd_qrexec.target.callnotes import Note, living
@@ -146,13 +147,13 @@ def test_the_program_makes_its_socket_and_ends_on_sigterm(tmp_path: Path, home: 
         assert process.wait(BOUND_S) == 0
 
 
-def test_in_a_lab_it_begins_at_the_first_call_and_every_abort_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_a_lab_it_begins_at_the_first_call_and_every_abort_is_one(tmp_path: Path) -> None:
     """docs/behaviours.md, 11: all the way."""
-    monkeypatch.setenv("PATH", os.pathsep.join([str(handover_program().parent), os.environ["PATH"]]))
     with open_world(tmp_path) as world:
         place = world.lab.qube_dir(TARGET)
+        entry = place.service_dirs[-1] / FORWARD_SERVICE
+        entry.unlink()
+        entry.symlink_to(handover_program())
         way = world.forward("call")
         world.start_listener()
         assert not notes_in(place.root)

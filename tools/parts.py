@@ -51,6 +51,8 @@ SYSTEM_IN_DOM0 = ("__init__", "clock", "ending", "inotify", "lockfile", "notify"
 DOM0_UNITS = ("qubes-forward-watch", "70-qubes-forward-dom0")
 UNIT_KINDS = (".service", ".socket", ".timer", ".path", ".target", ".slice")
 ICONS = "hicolor/scalable/apps"
+# What the agent starts for a call of qubes.ForwardTCP: the one program that is built.
+HANDOVER = "usr/lib/qubes/qubes-forward-handover"
 # Directories that other packages own: Fedora's filesystem and systemd, and those of qrexec and of icons that
 # ours require.
 # Every RPM that has a file in any other directory owns that.
@@ -76,13 +78,14 @@ class PartsError(Exception):
 
 
 class Item(NamedTuple):
-    """One file of a part. A file without a source is generated; `make` says from what."""
+    """One file of a part. `make` says how it is generated from its source; ``link`` is where a link leads."""
 
     part: str
     source: str
     destination: str
     mode: int
     make: Callable[[Path], bytes] | None = None
+    link: str = ""
 
 
 def items(python_dir: str, unit_dir: str, zsh_dir: str) -> Iterator[Item]:
@@ -92,9 +95,10 @@ def items(python_dir: str, unit_dir: str, zsh_dir: str) -> Iterator[Item]:
     for name, target in programs.items():
         yield Item(_part_of_program(target), "pyproject.toml", f"usr/bin/{name}", 0o755, _script(target))
     for file in _files("rpc"):
-        yield _copy("vm", file, f"etc/qubes-rpc/{file.name}", 0o755)
+        item = _copy("vm", file, f"etc/qubes-rpc/{file.name}", 0o755)
+        yield item._replace(link=f"/{HANDOVER}") if file.name == "qubes.ForwardTCP" else item
     for file in _files("handover"):
-        yield Item("vm", _relative(file), f"usr/lib/qubes/{file.stem}", 0o755, _built)
+        yield Item("vm", _relative(file), HANDOVER, 0o755, _built)
     for file in _files("rpc-config"):
         yield _copy("vm", file, f"etc/qubes/rpc-config/{file.name}")
     # Not at its final place, where qvm-forward writes: the packages put it there if nothing is.
@@ -267,6 +271,9 @@ def _leading(source: Path) -> bytes:
 def install(item: Item, destdir: Path) -> None:
     path = destdir / item.destination
     path.parent.mkdir(parents=True, exist_ok=True)
+    if item.link:
+        path.symlink_to(item.link)
+        return
     if item.make:
         path.write_bytes(item.make(ROOT / item.source))
     else:

@@ -26,8 +26,6 @@ _CLONE_NEWNET = 0x40000000
 _ORDER_MAX = 262144
 _FDS_MAX = 5
 _FD_BYTES = 4
-_ERRNO_BYTES = 4
-_EXIT_NOT_STARTED = 127
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # Looked up once, and not by each process.
 _prctl, _setns = _LIBC.prctl, _LIBC.setns
@@ -113,28 +111,17 @@ def _start(order: dict[str, Any], fds: list[int], services: list[int]) -> None:
         for key, value in order["environment"].items()
     }
     environment[b"QREXEC_AGENT_PID"] = b"%d" % posix.getpid()
-    failure, its_failure = posix.pipe()
-    pid = posix.fork()
-    if pid == 0:
-        try:
-            posix.setsid()
-            for number, fd in enumerate(fds):
-                posix.dup2(fd, number)
-            posix.chdir(order["directory"])
-            for number in (signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(number, signal.SIG_DFL)
-            posix.execve(order["argv"][0], order["argv"], environment)
-        except OSError as error:
-            posix.write(its_failure, (error.errno or errno.EIO).to_bytes(_ERRNO_BYTES, "little"))
-        finally:
-            posix._exit(_EXIT_NOT_STARTED)
-    services.append(pid)
-    posix.close(its_failure)
-    why = posix.read(failure, _ERRNO_BYTES)
-    posix.close(failure)
-    if why:
-        posix.waitpid(services.pop(), 0)
-        raise OSError(int.from_bytes(why, "little"), "execve")
+    posix.chdir(order["directory"])
+    services.append(
+        posix.posix_spawn(
+            order["argv"][0],
+            order["argv"],
+            environment,
+            file_actions=[(posix.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)],
+            setsid=True,
+            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+        )
+    )
 
 
 def _connect(broker: _socket.socket, order: dict[str, Any]) -> None:

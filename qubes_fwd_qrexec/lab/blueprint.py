@@ -72,6 +72,8 @@ _FEATURES = {
     _STOCK_TEMPLATE: {"qrexec": "1"},
 }
 
+_HANDOVER = "qubes-forward-handover"
+
 _POLICY = """\
 # The policy of this lab lies here, as dom0's lies in /etc/qubes/policy.d.
 # qvm-forward writes 30-forward.policy. What no line allows is denied.
@@ -152,7 +154,13 @@ def write_client(lab: LabDirectory) -> None:
 
 
 def find_rpc_entry(service: str) -> Path:
-    """The path of one of our RPC entries: in a checkout, among pip's data, or where the packages put it."""
+    """The path of one of our RPC entries: in a checkout, among pip's data, or where the packages put it.
+
+    What hands calls over is there if it was built (`make bench`), or is the packages'.
+    """
+    built = Path(sys.executable).parent / _HANDOVER
+    if service == FORWARD_SERVICE and built.exists():
+        return built
     in_checkout = Path(__file__).parent.parent.parent / "rpc" / service
     if in_checkout.parent.is_dir():
         return in_checkout
