@@ -65,6 +65,7 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("and one for each {} KiB of the qube's memory", (limits.MEMORY_EACH_BYTES >> 10,)),
     ("at the time: {} with 400 MiB.", (limits.Process(memory=lambda: 400 << 20).connections_max,)),
     ("connections of a forward {} three", (limits.Process(memory=lambda: 1 << 40).rule_max,)),
+    ("each of its ports takes {} connections at most", (60_999 - 32_768 + 1,)),
     ("connections of a forward from one client {} as", (limits.PER_SOURCE,)),
     ("new connections of a forward in a second {} more", (limits.RATE,)),
     ("With few open files allowed, {} of these", (limits.process_max(1000) / 1000,)),
