@@ -103,7 +103,6 @@ class Listener:
         self._stopping = trio.Event()
         self._is_running = False
         self._means: Means
-        self._tasks: trio.Nursery
 
     @property
     def transports(self) -> Transports:
@@ -145,6 +144,7 @@ class Listener:
             finally:
                 if not relays.has_failed:
                     self._end_now()
+                self._is_running = False
             watching.cancel_scope.cancel()
 
     async def _listen(self, task_status: "trio.TaskStatus[None]") -> None:

@@ -62,15 +62,6 @@ class CallQueue(Generic[_W]):
         """In the order in which they would be served now."""
         return iter(sorted(self._waiting, key=self._rank))
 
-    @property
-    def first(self) -> _W | None:
-        """The one that has waited longest."""
-        return next(iter(self._waiting), None)
-
-    def keys(self) -> tuple[Key, ...]:
-        """The keys for which single calls wait; in one step, so that another thread may ask."""
-        return tuple(self._singles)
-
     def add(self, wanted: _W) -> _W | None:
         """Let ``wanted`` wait. If too many wait, returns the one removed for it, perhaps ``wanted`` itself.
 

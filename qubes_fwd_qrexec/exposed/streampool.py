@@ -20,10 +20,10 @@ from qubes_fwd_qrexec.relay.socketbuffers import WAITING_BYTES, set_size
 from qubes_fwd_qrexec.relay.thread import RelayThread
 
 from .callbudget import CallBudget
-from .callqueue import CallQueue, Key, Kind, Wanted
+from .callqueue import Key
 from .connection import Connection
 from .connectionlog import How
-from .crowd import client_key
+from .crowd import Crowd, client_key
 from .muxpool import LINGER_S, OPEN_S, MuxPool
 from .streamcall import StreamCall
 
@@ -35,16 +35,6 @@ _BURST = 16
 _TRIES = 3
 # How often to look whether one has waited for too long, or a call has room again.
 _LOOK_S = 0.1
-
-
-class _Waiter(Wanted):
-    """A connection that waits for a mux call; its key is its client."""
-
-    __slots__ = ("connection",)
-
-    def __init__(self, target: str, service: str, connection: Connection) -> None:
-        super().__init__(Kind.SINGLE, target, service, client_key(connection.client))
-        self.connection = connection
 
 
 class StreamPool(MuxPool[StreamCall]):
@@ -71,8 +61,8 @@ class StreamPool(MuxPool[StreamCall]):
         self._budget = budget
         self._half_close_s = half_close_s
         self._idle_s = idle_s
-        self._queue: CallQueue[_Waiter] = CallQueue(WAITING_MAX)
-        self._waiters: dict[Connection, _Waiter] = {}
+        self._waiting: dict[Connection, None] = {}
+        self._crowd = Crowd()
         self._is_asking = False
         self._timer: Timer | None = None
 
@@ -82,12 +72,13 @@ class StreamPool(MuxPool[StreamCall]):
         return StreamCall(self.relays, self.ports, self, self._budget, self._half_close_s, self._idle_s)
 
     def users(self) -> Collection[Key]:
-        return self._queue.keys()
+        # In one step, while the loop's thread may change it.
+        return {client_key(connection.client) for connection in tuple(self._waiting)}
 
     @property
     def waiting(self) -> int:
         """How many connections wait for a call."""
-        return len(self._waiters)
+        return len(self._waiting)
 
     def _ask(self) -> None:
         if not self.is_retired:
@@ -106,7 +97,7 @@ class StreamPool(MuxPool[StreamCall]):
 
     def carry(self, connection: Connection) -> None:
         """Begin a stream for it, or have it wait for a call."""
-        if not self._waiters and (call := self._with_room()) is not None:
+        if not self._waiting and (call := self._with_room()) is not None:
             call.carry(connection)
         else:
             self._wait(connection)
@@ -118,10 +109,9 @@ class StreamPool(MuxPool[StreamCall]):
 
     def forget(self, connection: Connection) -> bool:
         """Have it wait no more. Returns whether it did."""
-        waiter = self._waiters.pop(connection, None)
-        if waiter is None:
+        if not self._crowd.discard(connection):
             return False
-        self._queue.remove(waiter)
+        del self._waiting[connection]
         connection.carrier = None
         return True
 
@@ -133,19 +123,23 @@ class StreamPool(MuxPool[StreamCall]):
         return None
 
     def _wait(self, connection: Connection) -> None:
-        """If too many wait, the newest one of the client with most is refused, which may be this one."""
+        """If too many wait, the first one of the client with most makes room, or this one is refused."""
         try:
             connection.sock.getpeername()  # a client that has left is not worth a call
         except OSError as error:
             connection.refuse(None, str(error))
             return
+        if len(self._waiting) >= WAITING_MAX:
+            other = self._crowd.idlest_before(connection.client)
+            if other is None:
+                busy = f"{WAITING_MAX} connections wait for a mux call to {self.target}"
+                connection.refuse(Refusal.BUSY, busy)
+                return
+            other.make_room()
         set_size(connection.sock, WAITING_BYTES)
-        waiter = self._waiters[connection] = _Waiter(self.target, self.service, connection)
+        self._waiting[connection] = None
+        self._crowd.add(connection)
         connection.carrier = self
-        displaced = self._queue.add(waiter)
-        if displaced is not None:
-            busy = f"{WAITING_MAX} connections wait for a mux call to {self.target}"
-            self._refuse(displaced.connection, Refusal.BUSY, busy)
         self._look_later(_LOOK_S)
         self._want_call()
 
@@ -162,15 +156,15 @@ class StreamPool(MuxPool[StreamCall]):
     def _serve(self) -> None:
         """Begin streams for those that wait, the first to come first, as far as there is room."""
         for _ in range(_BURST):
-            first = self._queue.first
+            first = next(iter(self._waiting), None)
             if first is None:
                 return
             call = self._with_room()
             if call is None:
                 self._want_call()
                 return
-            self.forget(first.connection)
-            self.relays.loop.guarded(first.connection.fail, call.carry, first.connection)
+            self.forget(first)
+            self.relays.loop.guarded(first.fail, call.carry, first)
         self._look_later(0.0)
 
     def _look_later(self, delay_s: float) -> None:
@@ -184,10 +178,10 @@ class StreamPool(MuxPool[StreamCall]):
         """Refuse who has waited for too long, and serve who may begin now."""
         self._timer = None
         before = time.monotonic() - OPEN_S
-        for connection in [one for one in self._waiters if one.since <= before]:
+        for connection in [one for one in self._waiting if one.since <= before]:
             self._refuse(connection, Refusal.NO_CALL, f"no mux call to {self.target} within {OPEN_S:g} s")
         self._serve()
-        if self._waiters:
+        if self._waiting:
             self._look_later(_LOOK_S)
 
     def _settled(self, kind: Refusal, problem: str | None) -> None:
@@ -196,7 +190,7 @@ class StreamPool(MuxPool[StreamCall]):
         if problem is None:
             self._serve()
             return
-        for connection in list(self._waiters):
+        for connection in list(self._waiting):
             self._refuse(connection, kind, f"no mux call to {self.target}: {problem}")
 
     def _stop_asking(self) -> None:
@@ -205,7 +199,7 @@ class StreamPool(MuxPool[StreamCall]):
         self._fail_all()
 
     def _fail_all(self) -> None:
-        for connection in list(self._waiters):
+        for connection in list(self._waiting):
             connection.fail()
 
     # As the owner of the calls, in the loop's thread

@@ -127,9 +127,10 @@ class RelayThread:
             done.set()
 
         self.order(do, _go_on)
-        while not done.wait(_ALIVE_LOOK_S):
-            if not self._thread.is_alive() and not done.is_set():
-                do()
+        while self._thread.is_alive() and not done.wait(_ALIVE_LOOK_S):
+            pass
+        if not done.is_set():
+            do()
         return results[0].unwrap()
 
     def tell(self, what: Callable[[], None]) -> None:

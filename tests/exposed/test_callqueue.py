@@ -45,15 +45,6 @@ def test_the_next_one_is_for_the_rule_and_then_the_client_that_holds_fewest() ->
     assert queue.held(("web", "a")) == (3, 2)
 
 
-def test_the_first_has_waited_longest_and_the_keys_are_of_those_that_wait() -> None:
-    first, second = single("web", "a"), single("ssh", "b")
-    queue = queue_of(first, second, single("ssh", "b"))
-    assert (queue.first, set(queue.keys())) == (first, {("web", "a"), ("ssh", "b")})
-    queue.remove(first)
-    assert (queue.first, queue.keys()) == (second, (("ssh", "b"),))
-    assert queue_of().first is None
-
-
 def test_the_longest_waiting_is_first_among_equals_and_a_released_call_no_longer_counts() -> None:
     first, second = single("web"), single("web")
     queue = queue_of(first, second)

@@ -217,6 +217,9 @@ def test_what_drains_ends_in_time_and_goes_on_if_it_is_allowed_again(monkeypatch
             bench.loop.run_once(0)
             assert state(client) == OPEN
         bench.take(on_expire="drain", dstports="81-81", limits="rate:9")  # which gives it no more time
+        for _ in range(3):
+            bench.loop.run_once(0)
+            assert state(client) == OPEN
         now[0] += 2.0
         bench.loop.run_once(0)
         assert state(client) == RST
@@ -285,9 +288,9 @@ def test_one_that_ends_later_is_cut_once_and_ends_as_what_cut_it_says(
         bench.carrier.end = ends.append  # type: ignore[method-assign]
         client = bench.client()
         (connection,) = bench.table.connections
-        for _ in range(2):
-            bench.table.cut_clients(WhichClients())
-            bench.table.cut()
+        assert bench.table.cut_clients(WhichClients()) == {connection}
+        assert not bench.table.cut_clients(WhichClients())
+        bench.table.cut()
         assert ends == [connection]
         assert state(client) == OPEN
         client.close()
