@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.report import Way
 from qubes_fwd_qrexec.common.rules import OnExpire
 from qubes_fwd_qrexec.common.values import Binding, IPAddress, unmapped
-from qubes_fwd_qrexec.relay.acceptloop import Acceptor, SocketAddress, address_of, shut_listening
+from qubes_fwd_qrexec.relay.acceptloop import Acceptor, SocketAddress, address_of, close_listening
 from qubes_fwd_qrexec.relay.copy import abort
 from qubes_fwd_qrexec.relay.loop import Loop, Timer
 from qubes_fwd_qrexec.relay.patience import TICK_S
@@ -106,7 +106,7 @@ class ConnectionTable:
         except OSError:
             self.give_up(opened)
             for binding in sockets.keys() - set(opened):
-                shut_listening(sockets[binding])
+                close_listening(sockets[binding])
             raise
 
     def give_up(self, unwanted: Iterable[Binding]) -> None:

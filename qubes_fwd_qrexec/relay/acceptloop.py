@@ -11,11 +11,8 @@ from functools import lru_cache, partial
 from ipaddress import IPv6Address, ip_address
 from typing import Any
 
-import trio
-
 from qubes_fwd_qrexec.common.errors import ForwardError
-from qubes_fwd_qrexec.common.values import Binding, IPAddress, Proto, address_text, unmapped
-from qubes_fwd_qrexec.system.bugs import Bugs
+from qubes_fwd_qrexec.common.values import IPAddress, Proto, address_text, unmapped
 from qubes_fwd_qrexec.system.deadpeers import notice_dead_peers
 from qubes_fwd_qrexec.system.ingress import note_ingress
 from qubes_fwd_qrexec.system.logs import RateLimit, warn
@@ -126,6 +123,7 @@ class Acceptor:
         self._listening = listening
         self._accepted = accepted
         self._limit = limit
+        self._turn = -1
         loop.watch(listening.fileno(), READ, self._on_readable, self._pause)
 
     @property
@@ -136,10 +134,14 @@ class Acceptor:
         """Accept no more; a second call changes nothing."""
         if not self.is_closed:
             self._loop.unwatch(self._listening.fileno())
-            shut_listening(self._listening)
+            close_listening(self._listening)
 
     def _on_readable(self, _events: int) -> None:
-        for _ in range(BURST):
+        # After a pause it is mostly one client, and looking for another one would hold up its request. If
+        # there are more, the next turn takes them together.
+        most = BURST if self._loop.turn == self._turn + 1 else 1
+        self._turn = self._loop.turn
+        for _ in range(most):
             try:
                 connection, peer = self._listening.accept()
             except BlockingIOError:
@@ -170,72 +172,23 @@ class Acceptor:
             self._loop.change(self._listening.fileno(), READ)
 
 
-async def accept_until_closed(
-    listening: socket.socket, accepted: Callable[[socket.socket], None], limit: RateLimit, bugs: Bugs
-) -> None:
-    """Pass every connection, non-blocking, to ``accepted``, which owns it from then on.
-
-    If ``accepted`` raises, that counts as a bug, and the connection is aborted. Returns after
-    `close_listening`. ``limit`` is for log lines about a shortage; use the same one for all sockets of the
-    process, as they share what they run short of.
-    """
-    while listening.fileno() >= 0:
-        try:
-            await trio.lowlevel.wait_readable(listening)
-            for _ in range(BURST):
-                connection, _ = listening.accept()
-                connection.setblocking(False)
-                bugs.guarded(partial(abort, connection), accepted, connection)
-        except trio.ClosedResourceError:
-            return
-        except BlockingIOError:
-            continue
-        except OSError as error:
-            if listening.fileno() < 0:
-                return
-            if error.errno in _SHORTAGE:
-                warn(_logger, limit, "shortage", f"cannot accept connections for now: {error.strerror}")
-                await trio.sleep(SHORTAGE_PAUSE_S)
-            elif error.errno not in _PEERS_OWN:
-                bugs.note(error)  # unknown, but other connections may come all the same
-                await trio.sleep(SHORTAGE_PAUSE_S)
-
-
-def peer_of(connection: socket.socket) -> Binding | None:
-    """The address, IPv4 as IPv4, and port of the other end; None if the peer is gone.
-
-    A link-local address has its zone, unless that is the name of an interface with a ``%`` in it.
-    """
-    try:
-        host, port = connection.getpeername()[:2]
-    except OSError:
-        return None
-    return address_of(host), port
-
-
 @lru_cache(_ADDRESSES_MAX)
 def address_of(host: str) -> IPAddress:
-    """An address as the socket module has it, IPv4 as IPv4."""
+    """An address as the socket module has it, IPv4 as IPv4.
+
+    A link-local one has its zone, unless that is the name of an interface with a ``%`` in it.
+    """
     address, _, zone = host.partition("%")
     # ipaddress knows no zone with a % in it, and an interface may have such a name.
     return unmapped(ip_address(address)) if not zone or "%" in zone else ip_address(host)
 
 
-def close_listening(listening: socket.socket, *, is_shared: bool = False) -> None:
-    """Close at once, even while `accept_until_closed` waits for it.
+def close_listening(listening: socket.socket) -> None:
+    """Close at once.
 
     A child process that is just being started still has a copy of the socket, which would keep the port open
-    for a moment longer. So the socket is shut down first, unless it ``is_shared`` with another process that
-    goes on using it.
+    for a moment longer. So the socket is shut down first.
     """
-    if listening.fileno() >= 0:
-        trio.lowlevel.notify_closing(listening)
-        shut_listening(listening, is_shared=is_shared)
-
-
-def shut_listening(listening: socket.socket, *, is_shared: bool = False) -> None:
-    """The same where no task waits for it."""
-    if not is_shared:
-        with contextlib.suppress(OSError):
-            listening.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError):
+        listening.shutdown(socket.SHUT_RDWR)
     listening.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 import pytest
-from helpers import BOUND_S, free_port, no_fds_left, port_of, tcp_pair
+from helpers import BOUND_S, free_port, no_fds_left, port_of
 
 from qubes_fwd_qrexec.common.values import address_text
 from qubes_fwd_qrexec.relay import acceptloop
@@ -21,11 +21,8 @@ from qubes_fwd_qrexec.relay.acceptloop import (
     BindError,
     SocketAddress,
     address_of,
-    close_listening,
     open_listening,
-    peer_of,
 )
-from qubes_fwd_qrexec.relay.copy import abort
 from qubes_fwd_qrexec.relay.loop import Loop
 from qubes_fwd_qrexec.system.bugs import Bugs
 from qubes_fwd_qrexec.system.logs import RateLimit
@@ -122,7 +119,9 @@ def test_a_burst_is_accepted_in_turns_and_each_connection_is_ready_for_the_relay
     with no_fds_left(), ExitStack() as clients, Accepting() as accepting:
         ours = {clients.enter_context(accepting.connect()) for _ in range(acceptloop.BURST + 10)}
         accepting.loop.run_once(BOUND_S)
-        assert len(accepting.accepted) == acceptloop.BURST
+        assert len(accepting.accepted) == 1  # whose request is sent on before the others are looked for
+        accepting.loop.run_once(BOUND_S)
+        assert len(accepting.accepted) == 1 + acceptloop.BURST
         accepting.reach(len(ours))
         assert set(accepting.accepted) == {sock.getsockname() for sock in ours}
         for sock in accepting.accepted.values():
@@ -179,20 +178,6 @@ def test_a_copy_in_a_starting_child_keeps_no_port_open() -> None:
             accepting.connect()
 
 
-@pytest.mark.parametrize("is_shared", [False, True])
-async def test_a_copy_in_another_process_keeps_the_port_open_only_if_it_is_shared(is_shared: bool) -> None:
-    listening = open_listening(IPv4Address("127.0.0.1"), 0)
-    address = listening.getsockname()
-    with listening.dup():
-        close_listening(listening, is_shared=is_shared)
-        close_listening(listening)
-        if is_shared:
-            socket.create_connection(address).close()
-        else:
-            with pytest.raises(ConnectionRefusedError):
-                socket.create_connection(address)
-
-
 def test_closing_from_within_an_accepted_connection_is_fine() -> None:
     with no_fds_left(), ExitStack() as undo:
         listening = open_listening(IPv4Address("127.0.0.1"), 0)
@@ -202,14 +187,15 @@ def test_closing_from_within_an_accepted_connection_is_fine() -> None:
 
         def accepted(sock: socket.socket, _: SocketAddress) -> None:
             met.append(undo.enter_context(sock))
-            acceptor.close()
+            if len(met) == 2:
+                acceptor.close()
 
         acceptor = Acceptor(loop, listening, accepted, RateLimit())
-        for _ in range(2):
+        for _ in range(4):
             undo.enter_context(socket.create_connection(listening.getsockname()))
-        loop.run_once(BOUND_S)
-        loop.run_once(0)
-        assert len(met) == 1
+        for _ in range(3):
+            loop.run_once(0)
+        assert len(met) == 2
 
 
 class Failing(socket.socket):
@@ -328,24 +314,15 @@ def test_a_program_without_privileges_learns_what_a_low_port_needs(host: str) ->
     assert "ports under 1024 need the capability CAP_NET_BIND_SERVICE" in found.stdout
 
 
-def test_a_peer_is_known_by_its_address_and_port_until_it_is_gone() -> None:
-    far, near = tcp_pair()
-    with near:
-        port = far.getsockname()[1]
-        assert peer_of(near) == (IPv4Address("127.0.0.1"), port)
-        abort(far)
-        assert peer_of(near) is None
-
-
 def test_a_peer_in_mapped_form_counts_as_ipv4() -> None:
     with socket.socket(socket.AF_INET6) as both:
         both.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         both.bind(("::", 0))
         both.listen()
-        with socket.create_connection(("127.0.0.1", port_of(both))) as far:
-            near, _ = both.accept()
+        with socket.create_connection(("127.0.0.1", port_of(both))):
+            near, (host, *_) = both.accept()
             with near:
-                assert peer_of(near) == (IPv4Address("127.0.0.1"), far.getsockname()[1])
+                assert address_of(host) == IPv4Address("127.0.0.1")
 
 
 @pytest.mark.parametrize(
