@@ -100,14 +100,18 @@ class Connection(Carried):
         return str(self.peer[0]), self.peer[1]
 
     def cut(self, how: How = How.CUT) -> None:
-        """End it: both sides see RST. A second call changes nothing."""
-        if self.cut_as is None:
-            self.cut_as = how
-            if self.carrier is not None:
-                self.carrier.end(self)
-            else:
-                abort(self.sock)
-                self.over(how)
+        """End it, whatever bug its carrier has: both sides see RST. A second call changes nothing."""
+        if self.cut_as is not None:
+            return
+        self.cut_as = how
+        if self.carrier is None:
+            self._end(how)
+            return
+        try:
+            self.carrier.end(self)
+        except Exception:
+            self._end(how)
+            raise
 
     def make_room(self) -> None:
         """Others need its place."""
@@ -126,6 +130,11 @@ class Connection(Carried):
 
     def refuse(self, kind: str | None, error: str) -> None:
         """It is not carried; the client sees RST."""
-        self.owner.failed(self, kind, error)
+        try:
+            self.owner.failed(self, kind, error)
+        finally:
+            self._end(How.ABORTED if kind is None else How.REFUSED)
+
+    def _end(self, how: How) -> None:
         abort(self.sock)
-        self.over(How.ABORTED if kind is None else How.REFUSED)
+        self.over(how)

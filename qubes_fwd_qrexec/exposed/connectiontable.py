@@ -89,7 +89,7 @@ class ConnectionTable:
                     connection.config = config
                     self._loop.guarded(connection.fail, carrier.carry, connection)
             elif config.on_expire is OnExpire.CUT:
-                connection.cut()
+                self._cut((connection,))
             else:
                 connection.ends_at = min(connection.ends_at, ends_at)
         self._tick_later()
@@ -116,14 +116,12 @@ class ConnectionTable:
 
     def cut(self) -> None:
         """End all connections."""
-        for connection in list(self.connections):
-            connection.cut()
+        self._cut(tuple(self.connections))
 
     def cut_clients(self, which: WhichClients) -> frozenset[Connection]:
         """End the connections of these clients; those over calls of their own end soon."""
         cut = frozenset(one for one in self.connections if which.has(*one.peer) and one.cut_as is None)
-        for connection in cut:
-            connection.cut(How.CUT_BY_ADMIN)
+        self._cut(cut, How.CUT_BY_ADMIN)
         return cut
 
     def figures(self) -> tuple[tuple[Connection, ...], int, int, dict[str, int]]:
@@ -145,9 +143,13 @@ class ConnectionTable:
     def _tick(self) -> None:
         self._timer = None
         now = time.monotonic()
-        for connection in [one for one in self.connections if one.ends_at <= now]:
-            connection.cut()
+        self._cut([one for one in self.connections if one.ends_at <= now])
         self._tick_later()
+
+    def _cut(self, connections: Iterable[Connection], how: How = How.CUT) -> None:
+        """End these; a bug in ending one keeps none of the others."""
+        for connection in connections:
+            self._loop.guarded(connection.fail, connection.cut, how)
 
     # For its acceptors
 

@@ -39,7 +39,10 @@ class Measured(Protocol):
 
 
 class Carried:
-    """One connection; ``by`` is what moves its bytes, once something does."""
+    """One connection; ``by`` is what moves its bytes, once something does.
+
+    Its figures may be read in any thread, so each reads ``by`` once: the loop's thread may change it.
+    """
 
     __slots__ = ("by", "since")
 
@@ -50,17 +53,26 @@ class Carried:
     @property
     def sent(self) -> int:
         """Bytes from the client."""
-        return 0 if self.by is None else self.by.sent
+        by = self.by
+        return 0 if by is None else by.sent
 
     @property
     def received(self) -> int:
         """Bytes to the client."""
-        return 0 if self.by is None else self.by.received
+        by = self.by
+        return 0 if by is None else by.received
 
     @property
     def moved_at(self) -> float:
         """When bytes last moved, or it began (`time.monotonic`)."""
-        return self.since if self.by is None else self.by.moved_at
+        by = self.by
+        return self.since if by is None else by.moved_at
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether the server in the target is known to have taken it."""
+        by = self.by
+        return by is not None and by.is_joined
 
 
 class Counters:

@@ -54,7 +54,7 @@ async def try_out(config: ListenerConfig, transports: Transports, timeout_s: flo
         theirs.close()
     if found is not None and found.refusal is not None:
         return Trial(Answer.REFUSED, found.refusal, one_line(found.error or "refused"))
-    if _is_joined(guest) or (found is not None and found.error is None and found.how is How.CLOSED):
+    if guest.is_joined or (found is not None and found.error is None and found.how is How.CLOSED):
         return Trial(Answer.THROUGH, "", "the server in the target took a connection")
     if found is None:
         return Trial(Answer.SILENT, "", f"no answer within {timeout_s:g} s")
@@ -77,12 +77,8 @@ async def _carry(guest: Guest, transports: Transports) -> Ending:
         return Ending(str(error), 0, 0, how=How.ABORTED)
 
 
-def _is_joined(carried: Carried) -> bool:
-    return carried.by is not None and carried.by.is_joined
-
-
 async def _leave_when_joined(carried: Carried, scope: trio.CancelScope) -> None:
     """Stop once the server has taken the connection. It polls, as the relay thread does not report it."""
-    while not _is_joined(carried):  # noqa: ASYNC110
+    while not carried.is_joined:  # noqa: ASYNC110
         await trio.sleep(_LOOK_S)
     scope.cancel()

@@ -172,6 +172,50 @@ def test_a_bug_ends_its_connection_and_gives_its_place_back() -> None:
         assert state(bench.client()) == OPEN
 
 
+@pytest.mark.usefixtures("bugs_are_wanted")
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda bench: bench.table.cut(),
+        lambda bench: bench.table.cut_clients(WhichClients()),
+        lambda bench: bench.take(srchosts="10.0.0.0/8"),
+        lambda bench: (
+            bench.take(srchosts="10.0.0.0/8", on_expire="drain", drain_s=0),
+            bench.loop.run_once(),
+        ),
+    ],
+    ids=["all", "some", "narrowed", "at a deadline"],
+)
+def test_a_bug_in_ending_one_keeps_neither_that_one_nor_others(
+    end: Callable[["Bench"], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connectiontable, "TICK_S", 0.0)
+    with no_fds_left(), Bench() as bench:
+        clients = [bench.client() for _ in range(3)]
+
+        def fail(connection: Connection) -> None:
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setattr(bench.carrier, "end", fail)
+        end(bench)
+        bench.loop.run_once(0)
+        assert [state(client) for client in clients] == [RST] * 3
+        assert bench.loop.bugs.count == 3
+        assert (bench.table.connections, bench.table.account.connections) == (set(), 0)
+
+
+@pytest.mark.usefixtures("bugs_are_wanted")
+def test_a_bug_in_telling_of_a_refusal_keeps_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    with no_fds_left(), Bench() as bench:
+        monkeypatch.setattr(bench.table, "failed", fail)
+        bench.carrier.then = lambda connection: connection.refuse("policy", "dom0 says no")
+        assert state(bench.client()) == RST
+        assert (bench.table.connections, bench.table.account.connections) == (set(), 0)
+
+
 def test_what_is_not_carried_is_counted_logged_once_and_shows_the_way(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

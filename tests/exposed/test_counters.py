@@ -25,6 +25,26 @@ def test_a_connection_has_the_bytes_of_what_carries_it_and_they_are_kept_when_it
     assert (counters.sent, counters.received) == (3, 30)
 
 
+class Changing(Carried):
+    """One that another thread takes from its call just after each look at what carries it."""
+
+    @property
+    def by(self) -> Moves | None:  # type: ignore[override]
+        self.left, by = None, self.left
+        return by
+
+    @by.setter
+    def by(self, by: Moves | None) -> None:
+        self.left = by
+
+
+def test_figures_are_read_while_another_thread_takes_the_connection_from_its_call() -> None:
+    for figure, known in {"sent": 1, "received": 10, "moved_at": 7.0, "is_joined": True}.items():
+        carried = Changing(5.0)
+        carried.by = Moves(1, 10)
+        assert getattr(carried, figure) == known
+
+
 def test_a_connection_that_was_never_carried_has_no_bytes() -> None:
     counters = Counters()
     carried = Carried(5.0)
