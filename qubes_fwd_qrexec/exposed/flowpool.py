@@ -69,13 +69,12 @@ class FlowPool(MuxPool[FlowCall]):
 
     def _ask(self) -> None:
         if not self.is_retired:
-            self._tasks.start_soon(self._open_one)
+            self._tasks.start_soon(self._await, self.opening())
         else:
             over = f"the forward to {self.target} is over"
             self.relays.order(partial(self._settled, Refusal.NO_CALL, over), self._stop_asking)
 
-    async def _open_one(self) -> None:
-        opening = self.opening()
+    async def _await(self, opening: FlowCall) -> None:
         await opening.settled.wait()
         kind = opening.refusal or Refusal.NO_CALL
         self.relays.order(partial(self._settled, kind, opening.problem), self._stop_asking)
