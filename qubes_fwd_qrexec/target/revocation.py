@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -258,11 +259,17 @@ def _read_list(place: Path) -> _List | None:
         at = _ticks(_checked(fd).st_mtime_ns)
         with open(fd, "rb", closefd=False) as file:
             text = file.read(ALLOWANCE_MAX_BYTES + 1)
-        return _List(at, Allowance.parse(text) if text else Allowance(cuts_drains=True))
+        return _List(at, _parsed(text) if text else Allowance(cuts_drains=True))
     except (OSError, ValueError, TextError) as error:
         raise RevocationError(f"{path}: {why(error)}") from error
     finally:
         os.close(fd)
+
+
+@lru_cache(1)
+def _parsed(text: bytes) -> Allowance:
+    """A process that serves many calls looks at the same list for each, which may name thousands."""
+    return Allowance.parse(text)
 
 
 def _checked(fd: int) -> os.stat_result:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +91,27 @@ def test_only_calls_that_dom0_does_not_list_are_ended(place: Path) -> None:
         assert other_source.lives
         assert revoke(keep(OTHER_PORTS, OTHER_SOURCE), place) == Revoked(0, 0)
         assert len(names(place)) == 2
+
+
+def test_a_list_is_parsed_once_for_all_calls_of_a_process(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are looked at in one go, while nothing else of that process moves."""
+    parsed: list[bytes] = []
+    real = Allowance.parse
+
+    def parse(untrusted_text: bytes) -> Allowance:
+        parsed.append(untrusted_text)
+        return real(untrusted_text)
+
+    monkeypatch.setattr(Allowance, "parse", parse)
+    with ExitStack() as undo:
+        calls = [undo.enter_context(permitted(Kind.SINGLE, MINE, just_now(), place, n)) for n in range(3)]
+        for allowance in (keep(MINE, OTHER_PORTS), keep(MINE, OTHER_SOURCE)):
+            assert revoke(allowance, place) == Revoked(0, 0)
+            assert [call.look() for call in calls] == [True] * 3
+    assert len(parsed) <= 2
+    assert parsed[-1] == str(keep(MINE, OTHER_SOURCE)).encode()
 
 
 def test_calls_of_udp_and_of_tcp_are_ended_and_renewed_apart(place: Path) -> None:
