@@ -155,6 +155,11 @@ class ConnectionTable:
 
     def _accepted(self, binding: Binding, sock: socket.socket, peer: SocketAddress) -> None:
         """Refuse a stranger, or one too many, before doing anything else; carry everybody else."""
+        try:
+            sock.getpeername()
+        except OSError:  # it has left, and costs neither a place nor a stream, however many such there are
+            sock.close()
+            return
         address = address_of(peer[0])
         client = unmapped(address)
         if client not in self.config.sources:

@@ -139,6 +139,15 @@ def test_a_stranger_is_an_abort_and_nothing_is_kept_of_it() -> None:
         assert state(bench.client("127.0.0.2")) == OPEN
 
 
+def test_who_has_left_before_it_is_accepted_is_not_carried() -> None:
+    with no_fds_left(), Bench() as bench:
+        abort(socket.create_connection(("127.0.0.1", bench.port)))
+        client = bench.client()
+        (connection,) = bench.carrier.connections
+        assert connection.client_name() == client.getsockname()
+        assert (bench.table.counters.total, bench.refusals) == (1, {})
+
+
 def test_one_too_many_is_an_abort() -> None:
     with no_fds_left(), Bench(limits="per-source:1") as bench:
         first = bench.client()
