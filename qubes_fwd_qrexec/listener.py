@@ -53,6 +53,8 @@ _logger = logging.getLogger(__name__)
 
 # How soon it notices a change of the configuration, or an expiry.
 LOOK_S = 0.5
+# How soon it ends after its last connection.
+_CARRIED_LOOK_S = 0.05
 # Connections that still live after this are aborted; systemd's default TimeoutStopSec is 90 s.
 DRAIN_S = 60.0
 
@@ -141,6 +143,7 @@ class Listener:
                         close_status()
                         await self._supervisor.closed()
                     watching.start_soon(self._watch_while_draining)
+                    await self._carried()
             finally:
                 if not relays.has_failed:
                     self._end_now()
@@ -187,6 +190,11 @@ class Listener:
                 await trio.sleep(LOOK_S)
                 self.look()
         self._end_now()
+
+    async def _carried(self) -> None:
+        """Wait for the last connection: it may still deliver what it got before its call was lost."""
+        while any(one.connections for one in self._all_forwards() if isinstance(one, OpenForward)):  # noqa: ASYNC110
+            await trio.sleep(_CARRIED_LOOK_S)
 
     def _end_now(self) -> None:
         """Abort all connections."""

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The listener while it drains: what ends and what goes on."""
 
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
+import trio
 from helpers import (
     BOUND_S,
     FakeClient,
     accept,
     can_connect,
+    children,
     connect,
     echo_once,
     free_port,
@@ -24,6 +28,7 @@ from helpers import (
 )
 
 from qubes_fwd_qrexec import listener as listener_module
+from qubes_fwd_qrexec.relay import leg
 
 # The drain
 
@@ -58,6 +63,38 @@ async def test_while_it_drains_what_expires_or_is_removed_is_cut(
             for key in ("drains", "stays"):
                 await echo_once(near[key], far[key])
             assert not any(can_connect(port) for port in ports.values())
+
+
+async def test_what_had_arrived_before_its_call_was_lost_is_delivered_by_a_listener_that_stops(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/behaviours.md, 12: the listener does not end with its last call, but with its last connection."""
+    monkeypatch.setattr(leg, "_LAST_WORDS_S", BOUND_S)
+    port, payload = free_port(), bytes(24 << 10)
+    write_config(tmp_path / "config", port, port_of(server), transport="mux")
+    command = FakeClient(tmp_path, "serve").command
+    async with running_listener(tmp_path / "config", command, drain_s=4 * BOUND_S) as listener:
+        with trio.socket.socket() as near:
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await near.connect(("127.0.0.1", port))
+            async with await accept(server) as far:
+                await far.send_all(payload)
+                (forward,) = listener.forwards.values()
+                (connection,) = forward.live
+                await until(lambda: connection.received == len(payload))
+                listener.stop()
+                await until(lambda: not can_connect(port))
+                (service,) = children()
+                os.kill(service, signal.SIGKILL)
+                (pool,) = listener.transports.pools.values()
+                await until(lambda: not pool.mux_calls)
+                received = 0
+                with trio.fail_after(BOUND_S), suppress(ConnectionResetError):
+                    while True:
+                        more = await near.recv(len(payload))
+                        assert more, "a clean end"
+                        received += len(more)
+                assert received == len(payload)
 
 
 def _expired_by_wall(wall: list[float], boot: list[float]) -> None:
