@@ -177,14 +177,15 @@ def listening_socket(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
 _reserved: list[socket.socket] = []
 
 
-def free_port() -> int:
+def free_port(host: str = "127.0.0.1") -> int:
     """A port on which nobody listens, and which the kernel gives to nobody else before the test is over.
 
-    It is bound, but not listened on: whoever has SO_REUSEADDR, as servers have, may have it all the same.
+    It is bound, but not listened on: whoever has SO_REUSEADDR, as servers have, may have it all the same. Who
+    listens at all addresses says so, as another test may have the same port at another one.
     """
     sock = socket.socket()
     _reserved.append(sock)
-    sock.bind(("127.0.0.1", 0))
+    sock.bind((host, 0))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return port_of(sock)
 

@@ -51,7 +51,7 @@ class Keeps:
 
 class Bench:
     def __init__(self, means: TableMeans | None = None, **options: str) -> None:
-        self.port = free_port()
+        self.port = free_port("0.0.0.0")
         self.loop = Loop()
         self.carrier = Keeps()
         self.means = means or TableMeans()
