@@ -187,18 +187,25 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def check_place(place: Path) -> None:
-    """Make the directory if it is missing.
-
-    Raises `RevocationError` unless it is there and only we can write to it, and OSError.
-    """
+def _made(place: Path) -> os.stat_result:
     try:
         with suppress(FileExistsError):
             place.mkdir(mode=0o700)
     except OSError as error:
         problem = f"the directory for notes of calls is missing, and cannot be made: {error.strerror}"
         raise RevocationError(f"{place}: {problem}") from error
-    status = place.lstat()
+    return place.lstat()
+
+
+def check_place(place: Path) -> None:
+    """Make the directory if it is missing.
+
+    Raises `RevocationError` unless it is there and only we can write to it, and OSError.
+    """
+    try:
+        status = place.lstat()
+    except FileNotFoundError:
+        status = _made(place)
     if not stat.S_ISDIR(status.st_mode):
         raise RevocationError(f"{place}: not a directory for notes of calls")
     if status.st_uid != os.geteuid() or status.st_mode & _WRITABLE_TO_OTHERS:

@@ -15,7 +15,6 @@ import select
 import socket
 import struct
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import ForwardError, TextError, why
@@ -23,7 +22,6 @@ from qubes_fwd_qrexec.common.values import parse_number
 
 AGENT_PID_VARIABLE = "QREXEC_AGENT_PID"
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_PROC = Path("/proc")
 # proc_pid_stat(5): starttime is field 22, and the second field, in parentheses, may hold blanks.
 _START_TIME_AFTER_NAME = 22 - 3
 _STAT_MAX_BYTES = 4096
@@ -70,8 +68,8 @@ def call_start(agent: int, call: socket.socket) -> CallStart:
     the PID still belongs to the agent's process.
     """
     try:
-        with (_PROC / str(agent) / "stat").open("rb") as file:
-            text = file.read(_STAT_MAX_BYTES).decode("ascii", "replace")
+        with open(f"/proc/{agent}/stat", "rb", buffering=0) as file:
+            text = (file.read(_STAT_MAX_BYTES) or b"").decode("ascii", "replace")
         began = int(text.rpartition(")")[2].split()[_START_TIME_AFTER_NAME])
     except (FileNotFoundError, ProcessLookupError):
         raise CallStartError(

@@ -54,7 +54,8 @@ class Handed:
                 text = f"file descriptor {number} is not a socket; this is started by qrexec"
                 raise ServiceError(ExitStatus.BAD_ARGUMENT, text)
         while self._fds:
-            self._socks.append(socket.socket(fileno=self._fds.pop(0)))
+            # qrexec has no others; the kernel is not asked what it is.
+            self._socks.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=self._fds.pop(0)))
             self._socks[-1].setblocking(False)
         return self._socks
 
