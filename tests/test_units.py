@@ -102,6 +102,12 @@ def test_in_qubes_each_waits_for_a_flag_of_the_name_of_an_enabled_unit(unit: Pat
     assert {flag.name for flag in flags} <= enabled
 
 
+def test_what_waits_for_calls_is_for_qubes_with_an_agent_alone() -> None:
+    for unit in FOR_CALLS:
+        given = settings(ROOT / "systemd" / unit)
+        assert given["ConditionPathExists"] == ["/usr/lib/qubes/qrexec-agent"]
+
+
 def preset() -> list[str]:
     lines = (ROOT / "systemd" / "70-qubes-forward.preset").read_text().splitlines()
     words = [line.split() for line in lines if not line.startswith("#")]
