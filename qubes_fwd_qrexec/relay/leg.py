@@ -41,9 +41,9 @@ class Leg(WatchedSocket):
     """Owns ``sock`` (non-blocking) and closes it in the end; no byte moves before `join`.
 
     ``sent`` and ``received`` count the bytes into the mux call and out of it; ``moved_at`` is when some last
-    moved (`time.monotonic`). ``has_eof``: the other end sends nothing more. ``ended`` is None while the leg
-    lives; ``on_end`` is called with the leg when it has closed its socket. ``is_bulk``: it has had its turn,
-    and has more to send. ``seen``: see `looks`. It belongs to the loop's thread.
+    moved, or one side has ended (`time.monotonic`). ``has_eof``: the other end sends nothing more. ``ended``
+    is None while the leg lives; ``on_end`` is called with the leg when it has closed its socket. ``is_bulk``:
+    it has had its turn, and has more to send. ``seen``: see `looks`. It belongs to the loop's thread.
     """
 
     __slots__ = (
@@ -262,6 +262,7 @@ class Leg(WatchedSocket):
     def receive_eof(self) -> None:
         """The other end sent EOF: FIN goes out behind everything that still waits."""
         self.has_eof = True
+        self.moved_at = time.monotonic()
         if self.pending is None:
             self._pass_eof_on()
 

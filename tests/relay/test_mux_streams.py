@@ -71,6 +71,21 @@ def test_a_half_closed_stream_ends_when_nothing_moves() -> None:
         assert idle.near.ended is None
 
 
+@pytest.mark.parametrize("is_client", [True, False])
+def test_the_time_of_a_half_closed_stream_begins_when_one_side_ends(is_client: bool) -> None:
+    """It may have been idle for longer before that, as it may be idle for an hour; docs/behaviours.md, 9."""
+    with MuxBench(half_close_s=60) as bench:
+        stream = bench.join()
+        stream.rest(300)
+        half_close(stream.client if is_client else stream.server)
+        bench.until(lambda: (stream.far if is_client else stream.near).has_eof)
+        bench.tick(10)
+        assert (stream.near.ended, stream.far.ended) == (None, None)
+        stream.rest(60)
+        bench.tick(5)
+        bench.until(lambda: len(stream.ends) == 2)
+
+
 def test_last_bytes_that_nobody_takes_end_too() -> None:
     with MuxBench(half_close_s=60) as bench:
         stream = bench.join()
