@@ -11,8 +11,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 import trio
 
@@ -25,7 +27,7 @@ from .exposed import listeneroptions, qrexec
 from .exposed.call import CallTimeouts
 from .exposed.callwaits import CallWaits
 from .exposed.connected import clients
-from .exposed.connectiontable import TableMeans
+from .exposed.connectiontable import ConnectionTable, TableMeans
 from .exposed.draining import AnyForward, Draining
 from .exposed.forward import Means, OpenForward
 from .exposed.freshlook import FreshLook
@@ -50,6 +52,7 @@ from .system.notify import notify, reloading
 from .system.qubesdbsource import open_qubesdb
 
 _logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 # How soon it notices a change of the configuration, or an expiry.
 LOOK_S = 0.5
@@ -136,8 +139,7 @@ class Listener:
                     try:
                         await self._listen(task_status)
                     finally:
-                        for forward in self._all_forwards():
-                            forward.stop_listening()
+                        self._stop_listening()
                         transports.drain()
                     if self._supervisor is not None:
                         close_status()
@@ -196,10 +198,22 @@ class Listener:
         while any(one.connections for one in self._all_forwards() if isinstance(one, OpenForward)):  # noqa: ASYNC110
             await trio.sleep(_CARRIED_LOOK_S)
 
+    def _of_tables(self, ask: Callable[[ConnectionTable], _T]) -> dict[ConnectionTable, _T]:
+        """What all forwards of TCP answer. It is one order, as each waits for a turn of the loop."""
+        tables = [one.table for one in self._all_forwards() if isinstance(one, OpenForward)]
+        return self.transports.relays.do_now(lambda: {one: ask(one) for one in tables}) if tables else {}
+
+    def _stop_listening(self) -> None:
+        self._of_tables(lambda table: table.give_up(table.listening))
+        for forward in self._all_forwards():
+            forward.stop_listening()
+
     def _end_now(self) -> None:
         """Abort all connections."""
+        self._of_tables(ConnectionTable.cut)
         for forward in self._all_forwards():
-            forward.cut()
+            if isinstance(forward, OpenUdpForward):
+                forward.cut()
         self._tasks.cancel_scope.cancel()
 
     def look(self) -> None:
@@ -237,9 +251,13 @@ class Listener:
         forwards = [forward for _, forward in sorted(self.forwards.items())]
         problems = sorted(self.problems.items())
         told = clients(forwards, self._draining.forwards) if with_clients else (None, 0)
+        figures = self._of_tables(ConnectionTable.figures)
         return ListenerReport(
             since=self._since,
-            forwards=tuple(forward.report() for forward in forwards[:FORWARDS_MAX]),
+            forwards=tuple(
+                one.report(figures[one.table]) if isinstance(one, OpenForward) else one.report()
+                for one in forwards[:FORWARDS_MAX]
+            ),
             problems=tuple(Problem(one_line(k), one_line(text)) for k, text in problems[:PROBLEMS_MAX]),
             left_out=max(0, len(forwards) - FORWARDS_MAX),
             draining=self._draining.report()[:FORWARDS_MAX],

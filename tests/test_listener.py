@@ -2,6 +2,7 @@
 import math
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from helpers import (
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.relay.acceptloop import BindError
+from qubes_fwd_qrexec.relay.thread import RelayThread
 from qubes_fwd_qrexec.system.configsource import FileSource
 
 
@@ -41,6 +43,31 @@ async def test_a_connection_reaches_the_port_that_the_configuration_says(
             async with await connect(port) as near, await accept(server) as far:
                 await echo_once(near, far)
     assert client.calls == [f"work qubes.ForwardTCP+{port_of(server)}"]
+
+
+async def test_the_relay_thread_is_waited_for_once_however_many_forwards_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it moves many bytes each turn takes a while, and nothing else happens here meanwhile."""
+    ports = [free_port() for _ in range(5)]
+    for number, port in enumerate(ports):
+        write_config(tmp_path / "config", port, 80, transport="mux", key=f"fwd.work.n{number}")
+    waits: list[object] = []
+    real = RelayThread.do_now
+
+    def do_now(self: RelayThread, what: Callable[[], object]) -> object:
+        waits.append(what)
+        return real(self, what)
+
+    async with running_listener(tmp_path / "config", FakeClient(tmp_path, "hang").command) as listener:
+        monkeypatch.setattr(RelayThread, "do_now", do_now)
+        assert len(listener.report(with_clients=True).forwards) == len(ports)
+        assert len(waits) == 1
+        listener.reload()
+        assert len(waits) == 1
+        listener.stop()
+        await until(lambda: not any(is_listening(port) for port in ports))
+    assert len(waits) == 3  # for the ports, and for the connections that are left
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,10 @@ from .openports import allows
 _logger = logging.getLogger(__name__)
 
 
+Figures = tuple[tuple[Connection, ...], int, int, dict[str, int]]
+"""The connections, what those that have ended had moved (bytes from and to clients), and refusals."""
+
+
 @dataclass(frozen=True, slots=True)
 class TableMeans:
     """What the connections of all forwards of a listener share, in the loop's thread."""
@@ -124,8 +128,8 @@ class ConnectionTable:
         self._cut(cut, How.CUT_BY_ADMIN)
         return cut
 
-    def figures(self) -> tuple[tuple[Connection, ...], int, int, dict[str, int]]:
-        """The connections, what those that have ended had moved (bytes from and to clients), and refusals."""
+    def figures(self) -> Figures:
+        """What fits together, at one moment."""
         counters = self.counters
         return tuple(self.connections), counters.sent, counters.received, dict(counters.refusals)
 

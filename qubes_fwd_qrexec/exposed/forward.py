@@ -20,7 +20,7 @@ from qubes_fwd_qrexec.relay.acceptloop import BindError, open_listening
 from qubes_fwd_qrexec.system.lifetime import Expiry
 
 from .connection import Connection
-from .connectiontable import ConnectionTable, TableMeans
+from .connectiontable import ConnectionTable, Figures, TableMeans
 from .flowtable import FlowMeans
 from .openports import bindings, last_said, open_all, places
 from .transports import Transports
@@ -102,9 +102,9 @@ class OpenForward:
         return len(cut)
 
     @property
-    def live(self) -> tuple[Connection, ...]:
+    def live(self) -> frozenset[Connection]:
         """All connections. What they have counted may be read here; all else is for the loop's thread."""
-        return self._relays.do_now(lambda: tuple(self.table.connections))
+        return frozenset(self.table.connections)  # in one step, while the loop's thread may change it
 
     @property
     def connections(self) -> int:
@@ -117,18 +117,21 @@ class OpenForward:
 
     def _open(self, wanted: Iterable[Binding]) -> None:
         opened = open_all(wanted, open_listening)
+        if not opened:
+            return
         try:
             self._relays.do_now(partial(self.table.open, opened))
         except OSError as error:
             raise BindError(f"{self}: cannot watch its sockets: {error.strerror}") from error
 
-    def _close(self, unwanted: Iterable[Binding]) -> None:
-        self._relays.do_now(partial(self.table.give_up, unwanted))
+    def _close(self, unwanted: frozenset[Binding]) -> None:
+        if unwanted:
+            self._relays.do_now(partial(self.table.give_up, unwanted))
 
-    def report(self) -> ForwardReport:
-        """The figures and the state of this forward now."""
+    def report(self, figures: Figures | None = None) -> ForwardReport:
+        """The state of this forward now, with the figures of its table if somebody has asked for these."""
         table, pool = self.table, self._transports.pool(self.config)
-        live, sent, received, refused = self._relays.do_now(table.figures)
+        live, sent, received, refused = figures or self._relays.do_now(table.figures)
         way = table.way if self.config.transport is Transport.CALL else Way.IDLE
         last_error, last_error_at = last_said(
             table.counters.last_error, None if pool is None else pool.last_problem
