@@ -241,6 +241,56 @@ def test_nobody_waits_behind_those_who_have_nothing_to_send_any_more() -> None:
         bench.until(lambda: not bench.near.backlog.waiting)
 
 
+class Stream:
+    """Of ``alone``, when it may send: what it was told it may."""
+
+    def __init__(self, alone: Alone, *, is_bulk: bool) -> None:
+        self.stream_id = alone.stream_id
+        self.is_bulk = is_bulk
+        self.limits: list[int] = []
+        self._backlog = alone.backlog
+
+    def resume(self) -> None:
+        self.limits.append(self._backlog.room_now(self))
+
+    def fail(self) -> None:
+        raise AssertionError("there was a bug")
+
+
+def test_bulk_waits_for_a_call_that_takes_nothing_and_what_is_small_does_not(alone: Alone) -> None:
+    bulk, small = Stream(alone, is_bulk=True), Stream(alone, is_bulk=False)
+    assert alone.backlog.room(bulk) == alone.backlog.room(small) > 0
+    while alone.backlog.is_empty:
+        alone.say(bytes(8000))
+        alone.backlog.send()
+    assert alone.backlog.room_now(bulk) == alone.backlog.room(bulk) == 0
+    assert alone.backlog.room(small) > 0
+    assert list(alone.backlog.waiting) == [bulk]
+    alone.backlog.give_turns()
+    assert not bulk.limits
+    while not alone.backlog.is_empty:
+        alone.far.recv(MIB)
+        alone.backlog.send()
+    alone.backlog.give_turns()
+    assert len(bulk.limits) == 1
+    assert bulk.limits[0] > alone.connection.send_limit(bulk.stream_id)  # several frames
+    assert not alone.backlog.waiting
+
+
+def test_bulk_waits_behind_what_waits_already(alone: Alone) -> None:
+    first, second = Stream(alone, is_bulk=True), Stream(alone, is_bulk=True)
+    alone.backlog.waiting[first] = None
+    assert alone.backlog.room_now(second) == alone.backlog.room(second) == 0
+    assert list(alone.backlog.waiting) == [first, second]
+    alone.backlog.give_turns()
+    assert first.limits[0] > 0
+    assert not second.limits
+    assert alone.backlog.room(first) == 0  # it has had its turn
+    assert list(alone.backlog.waiting) == [second, first]
+    alone.loop.run_once(0)
+    assert alone.told == ["ready"]  # and the next one has his, whatever the first one does
+
+
 class Slow(socket.socket):
     """Takes three bytes of a single buffer."""
 
