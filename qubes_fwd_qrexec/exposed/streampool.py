@@ -128,17 +128,18 @@ class StreamPool(MuxPool[StreamCall]):
         except OSError as error:
             connection.refuse(None, str(error))
             return
-        if len(self._waiting) >= WAITING_MAX:
-            other = self._crowd.idlest_before(connection.client)
-            if other is None:
-                busy = f"{WAITING_MAX} connections wait for a mux call to {self.target}"
-                connection.refuse(Refusal.BUSY, busy)
-                return
-            other.make_room()
         set_size(connection.sock, WAITING_BYTES)
         self._waiting[connection] = None
         self._crowd.add(connection)
         connection.carrier = self
+        if len(self._waiting) > WAITING_MAX:
+            # Counted already, so nobody is ended for one who would then hold as many.
+            other = self._crowd.idlest_before(connection.client)
+            if other is None:
+                busy = f"{WAITING_MAX} connections wait for a mux call to {self.target}"
+                self._refuse(connection, Refusal.BUSY, busy)
+                return
+            other.make_room()
         self._look_later(_LOOK_S)
         self._want_call()
 

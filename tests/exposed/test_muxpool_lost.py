@@ -118,6 +118,23 @@ async def test_one_client_cannot_take_all_places_in_the_queue(
             bench.tasks.cancel_scope.cancel()
 
 
+async def test_who_holds_one_place_in_the_queue_keeps_it_however_many_others_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streampool_module, "WAITING_MAX", 3)
+    client, port = FakeClient(tmp_path, "hang"), free_port()
+    async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
+        for number in range(5):
+            ours, accepted = tcp_pair()
+            stack.enter_context(ours)
+            origin = replace(ORIGIN, client=ip_address(f"192.0.2.{number}"))
+            bench.tasks.start_soon(bench.carry, accepted, port, origin)
+            await until(lambda number=number: bench.pool.waiting + len(bench.endings) == number + 1)
+        assert [ending.how for ending in bench.endings] == [How.REFUSED] * 2
+        assert bench.pool.users() == {client_key(ip_address(f"192.0.2.{number}")) for number in range(3)}
+        bench.tasks.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize(
     ("mode", "bound", "words"),
     [
