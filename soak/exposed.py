@@ -57,7 +57,7 @@ def held(listener: Listener) -> Held:
         mux_calls=len(mux_calls),
         streams=sum(mux_call.carries for mux_call in mux_calls),
         flows=sum(forward.connections for forward in forwards),
-        waiting=sum(len(pool.waiting) for pool in pools) + sum(bool(pool._waiting) for pool in flow_pools),
+        waiting=sum(pool.waiting for pool in pools) + sum(bool(pool._waiting) for pool in flow_pools),
         slots=listener.process.connections,
         budget_streams=transports._budget.streams,
         budget_used=transports._budget.total - transports._budget.shared_left,
