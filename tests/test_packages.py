@@ -119,8 +119,10 @@ def test_every_program_and_every_service_is_installed() -> None:
 
 
 WITH_GETTEXT = pytest.mark.skipif(not shutil.which("msgfmt"), reason="gettext is not installed")
+WITH_COMPILER = pytest.mark.skipif(not shutil.which("cc"), reason="the program 'cc' is missing")
 
 
+@WITH_COMPILER
 @WITH_GETTEXT
 def test_no_program_takes_modules_from_its_environment_or_working_directory(tmp_path: Path) -> None:
     for part in ("dom0", "manager", "vm", "lab"):
@@ -128,6 +130,16 @@ def test_no_program_takes_modules_from_its_environment_or_working_directory(tmp_
     programs = list((tmp_path / "usr" / "bin").iterdir())
     assert len(programs) > 3
     assert {program.read_text().splitlines()[0] for program in programs} == {"#!/usr/bin/python3 -I"}
+
+
+@WITH_COMPILER
+@WITH_GETTEXT
+def test_for_a_call_the_agent_starts_the_program_that_hands_it_over(tmp_path: Path) -> None:
+    assert not tool("install", "vm", str(tmp_path)).returncode
+    entry = tmp_path / "etc" / "qubes-rpc" / "qubes.ForwardTCP"
+    leads_to = entry.readlink()
+    assert PART_OF[str(leads_to).removeprefix("/")] == "vm"
+    assert (tmp_path / leads_to.relative_to("/")).read_bytes().startswith(b"\x7fELF")
 
 
 def test_every_program_has_a_manual_page_in_its_package() -> None:
