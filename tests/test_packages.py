@@ -360,6 +360,7 @@ def test_without_gettext_the_window_says_what_to_install(tmp_path: Path) -> None
     assert done.stderr == "tools/parts.py: to compile catalogues of translations, install gettext\n"
 
 
+@WITH_COMPILER
 @WITH_GETTEXT
 def test_an_installed_program_is_one_that_runs(tmp_path: Path) -> None:
     for part in NEEDS:
