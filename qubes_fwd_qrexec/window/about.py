@@ -95,7 +95,9 @@ def about(look: Look, figures: Figures | None, key: Key, now: float) -> About | 
     if isinstance(stored, BrokenRule):
         problem = render.broken_line(stored, Style()).rstrip("\n")
         return About(*head, problem, escaped(stored.text))
-    forward = next(forward for forward in look.plan if forward.named[:2] == key)
+    forward = look.plan.find(*key)
+    if forward is None:
+        return None
     hops = _hops(figures, key)
     found = findings.shown(forward, look.plan, look.snapshot.installed, now, _verdict(look, key))
     return About(
@@ -120,7 +122,7 @@ def _verdict(look: Look, key: Key) -> PolicyVerdict | None:
     """What dom0's whole policy says of a forward's calls; None for one that makes none."""
     if look.verdicts is None:
         return PolicyVerdict(None, "dom0's policy could not be asked")
-    return together({each: one for each, one in look.verdicts.items() if each[:2] == key}).get(key)
+    return together(look.verdicts).get(key)
 
 
 def _hops(figures: Figures | None, key: Key) -> tuple[Hop, ...]:

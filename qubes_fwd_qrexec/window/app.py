@@ -93,13 +93,13 @@ class Manager:
         self._change(key, actions.disable)
 
     def confirm(self, key: Key) -> None:
-        Confirmation(self.board, self, self.tell).open(self.widget, key)
+        Confirmation(self.board, self.tell).open(self.widget, key)
 
     def remove(self, keys: Sequence[Key]) -> None:
-        Removal(self.board, self, self.tell).open(self.widget, keys)
+        Removal(self.board, self.tell).open(self.widget, keys)
 
     def cut(self, key: Key, client: Client | None) -> None:
-        Cutting(self.board, self, self.tell).open(self.widget, key, client)
+        Cutting(self.board, self.tell).open(self.widget, key, client)
 
     def diagnose(self, key: Key) -> None:
         Diagnosis(self.board, self).open(self.widget, key)

@@ -16,7 +16,6 @@ from . import actions, widgets
 from .actions import Done, error_lines
 from .agreement import Agreement, Turn, agreement
 from .board import Board, Later
-from .commands import Commands
 from .gtk import Gtk
 from .kept import LINE_MAX, Text
 from .question import Question, Tell
@@ -29,9 +28,7 @@ WAIT_S = 1.0
 class Confirmation:
     """``widget`` is the dialog."""
 
-    def __init__(
-        self, board: Board, _commands: Commands, tell: Tell, *, later: Later = widgets.later
-    ) -> None:
+    def __init__(self, board: Board, tell: Tell, *, later: Later = widgets.later) -> None:
         self._board = board
         self._later = later
         self._key: Key | None = None

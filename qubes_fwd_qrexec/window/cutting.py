@@ -9,7 +9,6 @@ from . import actions
 from .actions import Done
 from .board import Board
 from .clientlist import who
-from .commands import Commands
 from .gtk import Gtk
 from .kept import Text
 from .question import Question, Tell
@@ -19,7 +18,7 @@ from .words import _
 class Cutting:
     """``widget`` is the dialog."""
 
-    def __init__(self, board: Board, _commands: Commands, tell: Tell) -> None:
+    def __init__(self, board: Board, tell: Tell) -> None:
         self._board = board
         self._question = Question(board, tell, _("Cut connections"), _("Cu_t"), "bad", stays=True)
         self.widget = self._question.widget

@@ -20,7 +20,7 @@ from .look import Look
 from .outcome import Outcome
 from .placeholder import Lack, Placeholder
 from .portions import Portions
-from .rowmenu import entries
+from .rowmenu import menu_items
 from .rows import ENDED, SOON_S, Filter, Group, Show
 from .rulelist import RuleList
 from .widgets import GAP, button, column, deliver, row
@@ -216,10 +216,10 @@ class MainWindow:
 
     def _menu(self, item: Item) -> Gtk.Menu:
         menu, look = Gtk.Menu(), self._board.look
-        for entry in () if look is None else entries(item, look, self._ended(), self._commands):
-            made = Gtk.MenuItem.new_with_mnemonic(entry.mnemonic)
-            made.connect("activate", lambda _, act=entry.act: act())
-            if entry.is_change and look is not None and look.read_only is not None:
+        for found in () if look is None else menu_items(item, look, self._ended(), self._commands):
+            made = Gtk.MenuItem.new_with_mnemonic(found.mnemonic)
+            made.connect("activate", lambda _, act=found.act: act())
+            if found.is_change and look is not None and look.read_only is not None:
                 made.set_sensitive(False)
                 made.set_tooltip_text(look.read_only)
             menu.append(made)

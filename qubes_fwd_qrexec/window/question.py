@@ -18,6 +18,8 @@ from .words import _
 Job = Callable[[Backend], Done]
 Tell = Callable[[Done | Exception], None]
 _WIDTH, _HEIGHT_MAX = 560, 420
+# What a line of `Lines` takes, about, in this width.
+_LINE_CHARS, _LINE_HEIGHT = 70, 20
 
 
 class Question:
@@ -62,9 +64,12 @@ class Question:
         self.fit()
         self._no.grab_focus()
 
-    def fit(self) -> None:
-        """Make the dialog as high as what it asks, up to a bound."""
-        height = self.body.get_preferred_height_for_width(_WIDTH)[1]
+    def fit(self, text: str = "") -> None:
+        """Make the dialog as high as what it asks, up to a bound; ``text`` is what `Lines` show in it, whose
+        height GTK finds only bit by bit.
+        """
+        lines = sum(1 + len(line) // _LINE_CHARS for line in text.split("\n")) if text else 0
+        height = self.body.get_preferred_height_for_width(_WIDTH)[1] + lines * _LINE_HEIGHT
         self._place.set_min_content_height(min(height, _HEIGHT_MAX))
 
     def offer(self, job: Job | None) -> None:

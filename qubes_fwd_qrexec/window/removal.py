@@ -14,12 +14,12 @@ from qubes_fwd_qrexec.common.rules import OnExpire
 from . import actions, rows
 from .actions import Done
 from .board import Board
-from .commands import Commands
 from .entries import Entry
 from .gtk import Gtk
-from .kept import TEXT_MAX, Text
+from .kept import TEXT_MAX, Lines, Text
 from .look import Look
 from .question import Question, Tell
+from .widgets import named
 from .words import _, ngettext
 
 SHOWN_MAX = 20
@@ -29,14 +29,15 @@ SHOWN_MAX = 20
 class Removal:
     """``widget`` is the dialog. What is shown follows the system, and nothing else is removed."""
 
-    def __init__(self, board: Board, _commands: Commands, tell: Tell) -> None:
+    def __init__(self, board: Board, tell: Tell) -> None:
         self._board = board
         self._keys: Sequence[Key] = ()
         self._question = Question(board, tell, _("Remove forwards"), _("_Remove"), "bad")
         self._question.at_end(self._ended)
         self.widget = self._question.widget
-        self._head, self._text = Text(style="title"), Text(longest=SHOWN_MAX * TEXT_MAX)
-        for each in (self._head, self._text):
+        self._head, self._lines = Text(style="title"), Lines()
+        named(self._lines.widget, _("What is removed"))
+        for each in (self._head, self._lines):
             self._question.body.pack_start(each.widget, False, False, 0)
         self._end = board.subscribe(self._follow)
 
@@ -61,8 +62,9 @@ class Removal:
             return
         head = ngettext("Remove this forward?", "Remove these {count} forwards?", len(keys))
         self._head.show(head.format(count=len(keys)))
-        self._text.show("\n\n".join(what_closes(look, keys)))
-        self._question.fit()
+        text = "\n\n".join(what_closes(look, keys))
+        self._lines.show(text)
+        self._question.fit(text)
         seen = {key: Seen.of(look.snapshot, key) for key in keys}
         self._question.offer(partial(_removed, self._board, seen))
 

@@ -15,10 +15,11 @@ from . import actions, widgets
 from .actions import Done, error_lines
 from .board import Board, Later
 from .gtk import Gtk
-from .kept import Text
+from .kept import Lines, Text
 from .look import Look
 from .question import Question, Tell
 from .reopening import Reopening, reopening
+from .widgets import named
 from .words import _
 
 WAIT_S = 1.0
@@ -38,8 +39,9 @@ class Resuming:
         self._question = Question(board, tell, _("Resume"), _("_Resume"), "note")
         self._question.at_end(self._ended)
         self.widget = self._question.widget
-        self._head, self._text, self._problem = Text(style="title"), Text(), Text(style="bad")
-        for each in (self._head, self._text, self._problem):
+        self._head, self._lines, self._problem = Text(style="title"), Lines(), Text(style="bad")
+        named(self._lines.widget, _("What opens again"))
+        for each in (self._head, self._lines, self._problem):
             self._question.body.pack_start(each.widget, False, False, 0)
         self._end = board.subscribe(self._follow)
 
@@ -89,8 +91,9 @@ class Resuming:
             self._question.rename(_("_Resume: open to anybody"), "anybody")
         else:
             self._question.rename(_("_Resume"), "note")
-        self._text.show("\n\n".join(found.lines))
-        self._question.fit()
+        text = "\n\n".join(found.lines)
+        self._lines.show(text)
+        self._question.fit(text)
         self._withdraw()
         self._cancel = self._later(WAIT_S, self._offer)
 

@@ -154,21 +154,6 @@ def mark(state: State) -> str:
     return _marks()[state]
 
 
-def state_word(state: State) -> str:
-    """The same within a sentence: a forward "is disabled"."""
-    return {
-        # Translators: what a forward is, within a sentence such as "work web is suspended".
-        State.ACTIVE: _("open"),
-        State.WAITING: _("waiting"),
-        State.SUSPENDED: _("suspended"),
-        State.EXPIRED: _("ended"),
-        State.DISABLED: _("disabled"),
-        State.REFUSED: _("refused"),
-        State.BROKEN: _("broken"),
-        State.HELD: _("held"),
-    }[state]
-
-
 def mark_of(entry: Entry) -> str:
     """The word for what a rule is, and what is in force of it."""
     return _mark(entry, _marks())

@@ -10,7 +10,7 @@ from .gtk import Gdk, Gtk
 _RULES = """
 .open {{ color: {open}; font-weight: bold; }}
 .anybody, .bad {{ color: {bad}; font-weight: bold; }}
-.asks, .note {{ color: {note}; font-weight: bold; }}
+.note {{ color: {note}; font-weight: bold; }}
 .faint {{ color: {faint}; }}
 .title {{ font-weight: bold; font-size: 120%; }}
 button:disabled, button:disabled label {{ color: {faint}; font-weight: normal; }}

@@ -8,7 +8,7 @@ import pytest
 from answered import REPORT, listening
 from answering import Answering
 from mainloop import MainLoop
-from panes import PROBE, Heard, Told, button, looked, text
+from panes import PROBE, Told, button, looked, text
 from screen import settle, until
 from test_status_clients import ONE
 from worlds import ADD, NOW, Command, content
@@ -50,14 +50,14 @@ def told() -> Told:
 
 @pytest.fixture
 def confirmation(board: Board, told: Told, loop: MainLoop) -> Iterator[Confirmation]:
-    confirmation = Confirmation(board, Heard(), told, later=loop.later)
+    confirmation = Confirmation(board, told, later=loop.later)
     yield confirmation
     confirmation.widget.destroy()
 
 
 @pytest.fixture
 def removal(board: Board, told: Told) -> Iterator[Removal]:
-    removal = Removal(board, Heard(), told)
+    removal = Removal(board, told)
     yield removal
     removal.widget.destroy()
 
@@ -282,7 +282,7 @@ def test_one_client_or_all_are_cut_after_one_question(
         (client, "Cut the connection of 192.168.0.5:50000 to work web?"),
         (None, "Cut all connections of work web?"),
     ):
-        cutting = Cutting(board, Heard(), told)
+        cutting = Cutting(board, told)
         cutting.open(None, KEY, which)
         assert question in text(cutting.widget)
         told.clear()
@@ -292,7 +292,7 @@ def test_one_client_or_all_are_cut_after_one_question(
     assert [one.given for one in backend.asked if one.service == cut] == ["192.168.0.5:50000\n", "\n"]
     backend.says["sys-net", cut] = CutReport(0)
     told.clear()
-    cutting = Cutting(board, Heard(), told)
+    cutting = Cutting(board, told)
     cutting.open(None, KEY, None)
     button(cutting.widget, "Cut").clicked()
     until(lambda: "nobody is connected to work web" in text(cutting.widget))

@@ -140,6 +140,17 @@ def test_it_opens_what_it_shows_after_a_second(case: Case, opened: LabDirectory)
     assert case.told[0].lines[0] == "Nothing is held any more. Open again:"
 
 
+def test_all_that_opens_is_shown_however_many_they_are(case: Case, opened: LabDirectory) -> None:
+    line = opened.feature("work", "forward.web") or ""
+    for port in range(1000, 1040):
+        opened.set_feature("work", f"forward.r{port}", line.replace("srcports=80-80", f"srcports={port}"))
+    case.open()
+    assert "42 forwards open again." in case.text
+    assert all(
+        f"work r{port}: Connections to port {port} of sys-net" in case.text for port in range(1000, 1040)
+    )
+
+
 def test_that_it_opens_to_anybody_is_on_the_button(case: Case, forward: Command) -> None:
     case.open()
     context = case.button.get_style_context()
