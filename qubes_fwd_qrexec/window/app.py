@@ -179,45 +179,34 @@ def _told_apart(change: Callable[..., Done]) -> tuple[object, dict[str, object]]
 
 class Program(Gtk.Application):
     """The place in the session: a second start of the program shows the window of the first, or another one
-    once what that had begun is done.
+    where that is closed and a change that it had begun is not done yet.
     """
 
     def __init__(self, start: Start) -> None:
         super().__init__(application_id=start.application_id(APP_ID))
         self._start = start
-        self._is_asked_again = False
         self.manager: Manager | None = None
 
     def perform_setup(self) -> Manager:
         """Make the window. Nothing is shown, and the system not looked at, before its `start`."""
-        self.manager = Manager(self._start, self._ended)
+        # It is no window that keeps the program running, as a change may take longer.
+        self.hold()
+        self.manager = Manager(self._start, self.release)
         self.add_window(self.manager.widget)
         return self.manager
 
     def do_activate(self) -> None:
-        if self.manager is None:
-            # It is no window that keeps it running, as a change may take longer.
-            self.hold()
+        if self.manager is None or self.manager.is_closed:
             self.perform_setup().start()
-        elif self.manager.is_closed:
-            self._is_asked_again = True
         else:
             self.manager.widget.present()
 
     def end(self) -> None:
-        """Close the window, and end."""
-        self._is_asked_again = False
+        """Close the window, and end once all that was begun is done."""
         if self.manager is None:
             self.quit()
         else:
             self.manager.close()
-
-    def _ended(self) -> None:
-        if self._is_asked_again:
-            self._is_asked_again = False
-            self.perform_setup().start()
-        else:
-            self.quit()
 
 
 def begin(start: Start) -> int:
