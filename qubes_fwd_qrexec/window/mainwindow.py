@@ -164,12 +164,16 @@ class MainWindow:
         """Show the list, or what stands in its place."""
         if lack is not None:
             self._placeholder.show(lack, self._board.trouble or "")
+        had_focus = self._list.view.is_focus()
         self._left.set_visible_child(self._list.widget if lack is None else self._placeholder.widget)
-        if lack is None and self.widget.get_focus() in (None, self._add):
-            # Where the window opens, no key does anything but in the list.
-            self._list.view.grab_focus()
         self._right.set_visible(lack in (None, Lack.NONE_FITS))
         self._show_group()
+        focus = self.widget.get_focus()
+        if lack is None and focus in (None, self._add):
+            # Where the window opens, no key does anything but in the list.
+            self._list.view.grab_focus()
+        elif lack is not None and (focus is None or had_focus):
+            self._placeholder.focus()
 
     def _lack(self) -> Lack | None:
         """Why there is nothing to list; None if there is something."""

@@ -66,3 +66,9 @@ class Placeholder:
             shown.set_visible(each is lack)
         self._spinner.set_visible(lack is Lack.NOT_LOOKED)
         self._spinner.props.active = lack is Lack.NOT_LOOKED
+
+    def focus(self) -> None:
+        """Let the keyboard work here, at the button that is shown, if there is one."""
+        for each in self._buttons.values():
+            if each.get_visible():
+                each.grab_focus()

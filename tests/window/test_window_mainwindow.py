@@ -278,3 +278,26 @@ def share(paned: Gtk.Paned) -> float:
     is_wide = paned.get_orientation() is Gtk.Orientation.HORIZONTAL
     room = paned.get_allocated_width() if is_wide else paned.get_allocated_height()
     return paned.get_position() / room
+
+
+def test_where_the_list_goes_the_focus_goes_to_what_takes_its_place(shown: Shown, forward: Command) -> None:
+    forward(*ADD)
+    shown.look()
+    shown.select(0, 0)
+    assert shown.view.is_focus()
+    forward("remove", "work", "web")
+    shown.look()
+    assert pressable(shown.widget, "Add a forward…").is_focus()
+
+
+def test_while_nothing_fits_what_is_searched_for_the_focus_stays_there(
+    shown: Shown, forward: Command
+) -> None:
+    forward(*ADD)
+    shown.look()
+    (search,) = inside(shown.widget, Gtk.SearchEntry)
+    search.grab_focus()
+    search.set_text("nobody")
+    until(lambda: "No forward fits what is searched for" in texts(shown.widget))
+    settle()
+    assert search.is_focus()
