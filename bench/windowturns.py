@@ -88,9 +88,9 @@ def _place(frame: FrameType) -> str:
 class Script:
     """A user who looks, filters, chooses, adds; ``change`` is a program that changes rules meanwhile."""
 
-    def __init__(self, meter: Meter, gtk: Any, rules: int, change: list[str]) -> None:
+    def __init__(self, meter: Meter, gdk: Any, gtk: Any, rules: int, change: list[str]) -> None:
         self._meter = meter
-        self._gtk = gtk
+        self._gdk, self._gtk = gdk, gtk
         self._rules = rules
         self._change = change
 
@@ -134,9 +134,11 @@ class Script:
 
         meter.begin("opening the list of qubes")
         combo = max(self._all(self._gtk.ComboBoxText), key=lambda each: len(each.get_model()))
-        for act in (combo.popup, combo.popdown):
-            act()
-            yield _SETTLED_S
+        self._press_alt_down(combo)
+        yield lambda: combo.props.popup_shown
+        yield _SETTLED_S
+        combo.popdown()
+        yield _SETTLED_S
         meter.end()
 
         meter.begin("choosing rules")
@@ -178,6 +180,17 @@ class Script:
 
     def _dialogs(self) -> list[Any]:
         return [each for each in self._gtk.Window.list_toplevels() if isinstance(each, self._gtk.Dialog)]
+
+    def _press_alt_down(self, widget: Any) -> None:
+        """As GTK takes a key: without an event it would warn of a menu that opens."""
+        widget.grab_focus()
+        event, display = self._gdk.Event.new(self._gdk.EventType.KEY_PRESS), self._gdk.Display.get_default()
+        event.window, event.send_event = widget.get_toplevel().get_window(), True
+        event.keyval, event.state = self._gdk.KEY_Down, self._gdk.ModifierType.MOD1_MASK
+        _, (key, *_) = self._gdk.Keymap.get_for_display(display).get_entries_for_keyval(event.keyval)
+        event.hardware_keycode = key.keycode
+        event.set_device(display.get_default_seat().get_keyboard())
+        self._gtk.main_do_event(event)
 
     def _type(self, entry: Any, text: str) -> Iterator[Step]:
         for end in range(1, len(text) + 1):
@@ -231,10 +244,10 @@ def main() -> None:
     if why := debiangi.offer():
         sys.exit(why)
     from qubes_fwd_qrexec.window import program
-    from qubes_fwd_qrexec.window.gtk import GLib, Gtk
+    from qubes_fwd_qrexec.window.gtk import Gdk, GLib, Gtk
 
     meter = Meter(GLib, finds=finds == "finds")
-    steps = Script(meter, Gtk, int(rules), change).run()
+    steps = Script(meter, Gdk, Gtk, int(rules), change).run()
     waiting: list[Any] = [next(steps), time.monotonic()]
 
     def turn() -> bool:
