@@ -13,7 +13,8 @@ from .widgets import GAP, button, named
 from .words import _
 
 HOUR_S = 3600
-_COLUMNS = 3
+COLUMNS, COLUMNS_BELOW = 3, 4
+"""Where the pane stands beside the list, and below it in a window that is less high."""
 
 
 class Buttons:
@@ -41,7 +42,7 @@ class Buttons:
         self.widget = Gtk.Grid(
             row_spacing=GAP, column_spacing=GAP, column_homogeneous=True, halign=Gtk.Align.START
         )
-        cells = (
+        self._cells = (
             self._edit,
             self._enable,
             self._disable,
@@ -51,8 +52,15 @@ class Buttons:
             self._remove,
         )
         # The last that comes into a grid is the first that a screen reader finds there.
-        for number, cell in reversed([*enumerate(cells)]):
-            self.widget.attach(cell, number % _COLUMNS, number // _COLUMNS, 1, 1)
+        for cell in reversed(self._cells):
+            self.widget.add(cell)
+        self.stand_in(COLUMNS)
+
+    def stand_in(self, columns: int) -> None:
+        """Place them in so many columns."""
+        for number, cell in enumerate(self._cells):
+            self.widget.child_set_property(cell, "left-attach", number % columns)
+            self.widget.child_set_property(cell, "top-attach", number // columns)
 
     def show(self, about: About, *, read_only: str | None) -> None:
         """Let be pressed what can be done with a rule; ``read_only`` says why nothing can be changed."""

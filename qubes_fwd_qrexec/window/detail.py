@@ -13,7 +13,7 @@ from . import cells
 from .about import About, about
 from .actions import error_lines
 from .board import Board
-from .buttons import Buttons
+from .buttons import COLUMNS, COLUMNS_BELOW, Buttons
 from .checklist import CheckList
 from .clientlist import ClientList
 from .commands import Commands
@@ -79,6 +79,10 @@ class Detail:
             self._content.set_sensitive(False)
             self.widget.get_vadjustment().set_value(0)
         self._follow()
+
+    def be_below(self, *, is_below: bool) -> None:
+        """Take as little height as there is where the pane stands below the list."""
+        self._buttons.stand_in(COLUMNS_BELOW if is_below else COLUMNS)
 
     def focus(self) -> None:
         """Give the focus to what can be done."""

@@ -90,6 +90,7 @@ class MainWindow:
             # Being turned, `Gtk.Paned` would scale its position from the one side to the other.
             if wanted is not self._paned.get_orientation():
                 self._paned.set_orientation(wanted)
+                self._detail.be_below(is_below=wanted is Gtk.Orientation.VERTICAL)
                 self._is_divided = False
 
         if wanted is not self._paned.get_orientation():

@@ -24,7 +24,7 @@ def status(now: int) -> dict[str, Any]:
         "since": now - _DAY,
         "forwards": [
             {**forward, **quiet, "name": "photos"},
-            {**forward, **busy, "name": "web", "mux_calls": 1, "refused": {"source": 2}},
+            {**forward, **busy, "name": "web", "mux_calls": 1, "refused": {"srchosts": 2}},
         ],
         "problems": [],
         "left_out": 0,

@@ -274,6 +274,25 @@ def test_the_details_are_beside_the_list_or_below_it(shown: Shown, forward: Comm
         until(lambda wanted_share=wanted_share: abs(share(paned) - wanted_share) < 0.05)
 
 
+def test_below_the_list_the_buttons_take_less_height(shown: Shown, forward: Command) -> None:
+    forward(*ADD)
+    shown.look()
+    shown.select(0, 0)
+    until(lambda: "work web" in texts(shown.widget))
+
+    def rows() -> int:
+        (grid,) = (
+            each
+            for each in inside(shown.widget, Gtk.Grid)
+            if pressable(shown.widget, "Edit…") in each.get_children()
+        )
+        return len({grid.child_get_property(each, "top-attach") for each in grid.get_children()})
+
+    for width, wanted in ((1280, 3), (800, 2), (1280, 3)):
+        shown.widget.resize(width, 700)
+        until(lambda wanted=wanted: rows() == wanted)
+
+
 def share(paned: Gtk.Paned) -> float:
     is_wide = paned.get_orientation() is Gtk.Orientation.HORIZONTAL
     room = paned.get_allocated_width() if is_wide else paned.get_allocated_height()
