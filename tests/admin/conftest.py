@@ -1,24 +1,4 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Systems to try dom0's side on."""
 
-from systems import (  # noqa: F401
-    blueprint,
-    dom0,
-    expiring,
-    forward,
-    impatient,
-    kind,
-    lab,
-    nft_lab,
-    opened,
-    other_store,
-    over,
-    panic,
-    policy_client,
-    pytest_generate_tests,
-    qubesd,
-    run,
-    stage,
-    store,
-    watched,
-)
+from systems import *  # noqa: F403

@@ -23,6 +23,29 @@ from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import SEARCH_ROOTS, LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
 
+__all__ = (
+    "blueprint",
+    "dom0",
+    "expiring",
+    "forward",
+    "impatient",
+    "kind",
+    "lab",
+    "nft_lab",
+    "opened",
+    "other_store",
+    "over",
+    "panic",
+    "policy_client",
+    "pytest_generate_tests",
+    "qubesd",
+    "run",
+    "stage",
+    "store",
+    "watched",
+)
+"""What a conftest takes from here: the fixtures, and what pytest is to call."""
+
 LAB, QUBES = "lab", "qubes"
 
 

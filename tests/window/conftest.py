@@ -7,27 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from stories import desktop, machine, reader, show, window  # noqa: F401
-from systems import (  # noqa: F401
-    blueprint,
-    dom0,
-    expiring,
-    forward,
-    impatient,
-    kind,
-    lab,
-    nft_lab,
-    opened,
-    other_store,
-    over,
-    panic,
-    policy_client,
-    pytest_generate_tests,
-    qubesd,
-    run,
-    stage,
-    store,
-    watched,
-)
+from systems import *  # noqa: F403
 
 
 @pytest.fixture(autouse=True)
