@@ -2,41 +2,31 @@
 """The pane follows its rule: what it says is so, its buttons do what they say, and focus and place stay."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 from answered import REPORT, listening
 from answering import Answering
+from detailpane import CLIENTS, KEY, PLAIN, Pane
 from helpers import BOUND_S
 from mainloop import MainLoop
-from panes import PROBE, Heard, button, every, looked, of, plain, shown, text
+from panes import PROBE, Heard, every, looked, of, plain, shown, text
 from screen import settle, until
 from test_status_clients import ONE, naming
 from worlds import ADD, NOW, Command
 
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.states import Key
-from qubes_fwd_qrexec.admin.views.connected import Client
 from qubes_fwd_qrexec.admin.views.tables import Check
-from qubes_fwd_qrexec.common.report import ForwardReport
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.window import detail as details
-from qubes_fwd_qrexec.window import widgets
 from qubes_fwd_qrexec.window.about import About
-from qubes_fwd_qrexec.window.board import FIGURES_S, Board
 from qubes_fwd_qrexec.window.checklist import CheckList
-from qubes_fwd_qrexec.window.clientlist import SHOWN_MAX
-from qubes_fwd_qrexec.window.clientlist import words as client_words
-from qubes_fwd_qrexec.window.detail import Detail
 from qubes_fwd_qrexec.window.figures import Figures
 from qubes_fwd_qrexec.window.gtk import Gtk
 from qubes_fwd_qrexec.window.look import Look
-
-KEY: Key = (QubeName("work"), "web")
-PLAIN, CLIENTS = ("sys-net", "qubes.ForwardStatus+"), ("sys-net", "qubes.ForwardStatus+clients")
 
 
 @pytest.fixture
@@ -49,97 +39,11 @@ def heard() -> Heard:
     return Heard()
 
 
-class Pane:
-    """A pane in a window, over a board that does not follow by itself."""
-
-    def __init__(self, open_backend: Callable[[], Backend], loop: MainLoop, heard: Heard) -> None:
-        self.loop = loop
-        self.board = Board(open_backend, widgets.deliver, loop.later, lambda: loop.now)
-        self.detail = Detail(self.board, heard)  # type: ignore[arg-type]
-        self.window = shown(self.detail.widget)
-
-    @property
-    def text(self) -> str:
-        return text(self.detail.widget)
-
-    def button(self, words: str) -> Gtk.Button:
-        return button(self.detail.widget, words)
-
-    def show(self, key: Key | None, *words: str) -> None:
-        """Look anew and show a rule, until all that is said is there."""
-        looked(self.board)
-        self.detail.show(key)
-        self.until(*words)
-
-    def until(self, *words: str) -> None:
-        until(lambda: all(each in self.text for each in words) and self.is_settled)
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the worker has nothing left to compute."""
-        done: list[object] = []
-        self.board.compute(lambda: None, done.append, done.append, kind="settled")
-        until(lambda: done)
-        settle()
-        return True
-
-    def can(self) -> set[str]:
-        """What can be pressed."""
-        found = of(self.detail.widget, Gtk.Button)
-        return {(of(each, Gtk.Label) or [Gtk.Label()])[0].get_text() for each in found if each.is_sensitive()}
-
-    def close(self) -> None:
-        self.window.destroy()
-        self.board.close()
-
-
 @pytest.fixture
 def pane(other_store: Callable[[], Backend], loop: MainLoop, heard: Heard) -> Iterator[Pane]:
     pane = Pane(other_store, loop, heard)
     yield pane
     pane.close()
-
-
-class Listening:
-    """A lab whose sys-net says who is connected, and a pane over it."""
-
-    def __init__(self, lab: LabDirectory, over: Command, loop: MainLoop, heard: Heard, count: int) -> None:
-        lab.set_feature("sys-net", "service.qubes-forward-listener", "1")
-        self.backend = Answering(lab, {})
-        self.connect(*range(1000, 1000 + count))
-        over(self.backend, *ADD)
-        self.pane = Pane(lambda: self.backend, loop, heard)
-        looked(self.pane.board)
-        self.pane.detail.show(KEY)
-        self.pane.board.be_seen(True)
-
-    def connect(self, *ports: int) -> None:
-        """Let clients be connected from these ports."""
-        clients = (replace(ONE, port=port) for port in ports)
-        report: ForwardReport = replace(REPORT, connections=len(ports))
-        self.backend.says |= {PLAIN: listening(report), CLIENTS: naming(*clients)}
-
-    def ask(self) -> None:
-        """Have the qubes asked again."""
-        was = self.pane.board.figures
-        self.pane.loop.pass_time(FIGURES_S)
-        until(lambda: self.pane.board.figures is not was)
-
-
-@pytest.fixture
-def listen(
-    lab: LabDirectory, over: Command, loop: MainLoop, heard: Heard, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[int], Listening]]:
-    made: list[Listening] = []
-
-    def make(count: int) -> Listening:
-        made.append(Listening(lab, over, loop, heard, count))
-        return made[-1]
-
-    monkeypatch.setattr(time, "monotonic", lambda: loop.now)
-    yield make
-    for each in made:
-        each.pane.close()
 
 
 def test_without_a_rule_it_says_what_to_do(pane: Pane) -> None:
@@ -431,49 +335,6 @@ def test_the_picture_fits_the_width(pane: Pane, forward: Command) -> None:
     until(lambda: "+---" not in pane.text)
     assert "sys-net, port 80" in pane.text
     assert pane.detail.widget.get_allocated_width() == 380
-
-
-def test_clients_are_shown_and_cut(listen: Callable[[int], Listening], heard: Heard) -> None:
-    found = listen(2)
-    found.pane.until("2 clients are connected:", "192.168.0.5:1001 at sys-net (tcp) since ")
-    names = [each.get_accessible().get_name() for each in of(found.pane.detail.widget, Gtk.Button)]
-    assert "Cut 192.168.0.5:1000" in names
-    cut = [each for each in of(found.pane.detail.widget, Gtk.Button) if each.get_label() == "Cut…"]
-    cut[1].clicked()
-    ((name, key, client),) = heard.calls
-    assert (name, key, client.report.port) == ("cut", KEY, 1001)
-    heard.calls.clear()
-    found.pane.button("Cut all…").clicked()
-    assert heard.calls == [("cut", KEY, None)]
-
-
-def test_a_client_that_may_finish_is_said_to() -> None:
-    client = Client(QubeName("sys-net"), replace(ONE, is_draining=True))
-    assert client_words(client) == (
-        "192.168.0.5:50000 at sys-net (tcp) may finish; 999 from it, 1.5 KiB to it, quiet for 3 s"
-    )
-
-
-def test_thousands_of_clients_are_counted(listen: Callable[[int], Listening]) -> None:
-    found = listen(2000)
-    found.pane.until("2000 clients are connected:", f"and {2000 - SHOWN_MAX} more")
-    cuts = [each for each in of(found.pane.detail.widget, Gtk.Button) if each.get_label() == "Cut…"]
-    assert len(cuts) == SHOWN_MAX
-
-
-def test_a_client_that_stays_keeps_the_focus(listen: Callable[[int], Listening]) -> None:
-    found = listen(3)
-    found.pane.until("3 clients are connected:")
-    named = {each.get_accessible().get_name(): each for each in of(found.pane.detail.widget, Gtk.Button)}
-    named["Cut 192.168.0.5:1001"].grab_focus()
-    found.connect(1002, 1001)
-    found.ask()
-    found.pane.until("2 clients are connected:")
-    assert found.pane.window.get_focus() is named["Cut 192.168.0.5:1001"]
-    found.connect()
-    found.ask()
-    until(lambda: "connected" not in found.pane.text)
-    assert found.pane.window.get_focus() is not None
 
 
 def test_a_pane_that_is_gone_follows_nothing(pane: Pane, forward: Command) -> None:
