@@ -3,107 +3,22 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from controls import FOCUSABLE, called, find, texts, walk
+from controls import FOCUSABLE, called, find, walk
+from editorstage import LINE, PROBE, WORK, Stage, Timer, set_netvm, stored
 from faulty import Faulty
 from screen import settle, until
 from worlds import NOW, Command
 from zones import zone
 
 from qubes_fwd_qrexec.admin.backend import Backend
-from qubes_fwd_qrexec.common.options import Option
-from qubes_fwd_qrexec.common.rules import ForwardRule
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.window.actions import Done
 from qubes_fwd_qrexec.window.board import Board
-from qubes_fwd_qrexec.window.editor import Editor
 from qubes_fwd_qrexec.window.gtk import Gdk, Gtk
 from qubes_fwd_qrexec.window.widgets import deliver
-
-WORK, WEB = QubeName("work"), (QubeName("work"), RuleName("web"))
-LINE = "action=forward mode=qrexec srcports=80 srchosts=10.0.0.0/8 owner=work path=sys-firewall,sys-net"
-PROBE = "<b>&amp;"
-
-
-class Timer:
-    """In the place of GTK's: what is to be called later is called by the test."""
-
-    def __init__(self) -> None:
-        self.now = float(NOW)
-        self.calls: list[Callable[[], None]] = []
-
-    def __call__(self, seconds: float, call: Callable[[], None]) -> Callable[[], None]:
-        self.calls.append(call)
-        return lambda: self.calls.remove(call) if call in self.calls else None
-
-    def pass_by(self) -> None:
-        while self.calls:
-            self.calls.pop(0)()
-
-
-class Stage:
-    """A board that has looked, and an editor."""
-
-    def __init__(self, board: Board, timer: Timer) -> None:
-        self.board = board
-        self.timer = timer
-        self.told: list[Done] = []
-        self.editor = Editor(board, self.told.append, self.timer)
-
-    @property
-    def dialog(self) -> Gtk.Dialog:
-        widget = self.editor.widget
-        assert widget is not None
-        return widget
-
-    @property
-    def is_open(self) -> bool:
-        return self.editor.widget is not None and self.dialog.get_mapped()
-
-    def add(self, target: QubeName | None = None) -> None:
-        self._open(lambda: self.editor.add(None, target))
-
-    def edit(self, options: Sequence[Option] = ()) -> None:
-        self._open(lambda: self.editor.edit(None, WEB, options))
-
-    def _open(self, begin: Callable[[], None]) -> None:
-        was = self.editor.widget
-        begin()
-        until(lambda: self.editor.widget is not was and self.is_open)
-
-    def looked(self) -> None:
-        was = self.board.look
-        self.board.refresh()
-        until(lambda: self.board.look is not was)
-
-    def entry(self, name: str) -> Gtk.Entry:
-        return find(self.dialog, Gtk.Entry, name)
-
-    def radio(self, name: str) -> Gtk.RadioButton:
-        return find(self.dialog, Gtk.RadioButton, name)
-
-    def button(self, name: str) -> Gtk.Button:
-        return find(self.dialog, Gtk.Button, name)
-
-    def has(self, text: str) -> bool:
-        return any(text in each for each in texts(self.dialog))
-
-    def ready(self, name: str) -> Gtk.Button:
-        """The button of that name, once it may be pressed."""
-        until(lambda: any(called(b) == name and b.get_sensitive() for b in self.buttons()))
-        return self.button(name)
-
-    def buttons(self) -> list[Gtk.Button]:
-        return [widget for widget in walk(self.dialog) if isinstance(widget, Gtk.Button)]
-
-    def fill(self, target: str = "work", ports: str = "80", sources: str = "10.0.0.0/8") -> None:
-        self.entry("Qube").set_text(target)
-        self.entry("Port of its server").set_text(ports)
-        self.entry("Networks and qubes that may connect").set_text(sources)
 
 
 @pytest.fixture
@@ -126,10 +41,6 @@ def edited(lab: LabDirectory, stage: Stage) -> Stage:
     stage.looked()
     stage.edit()
     return stage
-
-
-def stored(lab: LabDirectory, name: str = "web", qube: str = "work") -> ForwardRule:
-    return ForwardRule.parse(lab.features(qube)[f"forward.{name}"])
 
 
 def test_a_forward_is_added_as_it_was_shown(stage: Stage, lab: LabDirectory) -> None:
@@ -186,10 +97,6 @@ def test_a_fault_is_shown_at_its_field_until_it_is_mended(stage: Stage) -> None:
     assert stage.entry("Networks and qubes that may connect").get_style_context().has_class("invalid_entry")
 
 
-def set_netvm(lab: LabDirectory, qube: str, netvm: str) -> None:
-    lab.write_qube(replace(lab.qube(qube), netvm=QubeName(netvm)))
-
-
 @pytest.fixture
 def hidden(lab: LabDirectory, stage: Stage) -> Stage:
     """The dialog is open on a qube behind a tunnel."""
@@ -241,84 +148,6 @@ def test_a_mend_for_elsewhere_is_copied(lab: LabDirectory, stage: Stage) -> None
     stage.button("Copy “qvm-forward disable work web”").clicked()
     clipboard = Gtk.Clipboard.get(Gdk.SELECTION_CLIPBOARD)
     assert clipboard.wait_for_text() == "qvm-forward disable work web"
-
-
-def test_an_edit_changes_what_the_user_has_changed(edited: Stage, lab: LabDirectory) -> None:
-    until(lambda: edited.has("Nothing is changed yet."))
-    assert not edited.button("Save").get_sensitive()
-    edited.entry("Comment").set_text(PROBE)
-    edited.ready("Save").clicked()
-    until(lambda: edited.told)
-    assert stored(lab) == replace(ForwardRule.parse(LINE), comment=PROBE)
-    assert edited.told[0].lines[0].startswith("Forward work web is changed and active.")
-
-
-def test_an_edit_may_begin_with_what_a_way_out_asks_for(stage: Stage, lab: LabDirectory) -> None:
-    lab.set_feature("work", "forward.web", LINE)
-    stage.looked()
-    stage.edit([Option("srchosts", "any", "")])
-    stage.ready("Save: open to anybody")
-
-
-def test_what_is_not_there_or_cannot_be_read_opens_no_dialog(stage: Stage, lab: LabDirectory) -> None:
-    lab.set_feature("work", "forward.bad", "nonsense")
-    stage.looked()
-    for name in ("gone", "bad"):
-        stage.editor.edit(None, (WORK, name))
-    assert stage.editor.widget is None
-
-
-def test_a_rule_that_changes_meanwhile_is_shown_both_ways_and_the_fields_can_be_kept(
-    edited: Stage, lab: LabDirectory
-) -> None:
-    edited.entry("Comment").set_text("mine")
-    edited.ready("Save")
-    lab.set_feature("work", "forward.web", f"{LINE} comment=theirs")
-    edited.looked()
-    until(lambda: edited.has("This rule has been changed meanwhile."))
-    assert edited.has("You saw: action=forward")
-    assert edited.has("comment=theirs")
-    assert not edited.button("Save").get_sensitive()
-    edited.button("Keep my fields").clicked()
-    edited.ready("Save").clicked()
-    until(lambda: edited.told)
-    assert stored(lab).comment == "mine"
-
-
-def test_a_rule_that_changes_meanwhile_can_be_taken_as_it_is(edited: Stage, lab: LabDirectory) -> None:
-    lab.set_feature("work", "forward.web", f"{LINE} comment=theirs")
-    edited.looked()
-    until(lambda: edited.has("This rule has been changed meanwhile."))
-    edited.button("Take what is stored now").clicked()
-    until(lambda: edited.has("Nothing is changed yet."))
-    assert edited.entry("Comment").get_text() == "theirs"
-
-
-def test_a_change_of_which_no_look_knows_yet_is_not_overwritten(edited: Stage, lab: LabDirectory) -> None:
-    edited.entry("Comment").set_text("mine")
-    button = edited.ready("Save")
-    button.grab_focus()
-    lab.set_feature("work", "forward.web", f"{LINE} comment={PROBE}")
-    button.clicked()
-    until(lambda: edited.has("it is no longer what you saw, but"))
-    assert edited.has(f"You saw: {ForwardRule.parse(LINE)}")
-    assert (edited.is_open, edited.told, stored(lab).comment) == (True, [], PROBE)
-    assert edited.dialog.get_focus() is edited.button("Cancel")
-    until(lambda: edited.has("This rule has been changed meanwhile."))
-    assert edited.button("Keep my fields").get_sensitive()
-
-
-def test_netvms_that_change_unseen_open_nothing(stage: Stage, lab: LabDirectory) -> None:
-    stage.add()
-    stage.fill()
-    button = stage.ready("Open")
-    set_netvm(lab, "work", "sys-net")
-    button.clicked()
-    until(lambda: stage.has("the netvms of work are no longer what you saw"))
-    assert "forward.tcp-80" not in lab.features("work")
-    until(lambda: stage.timer.calls)
-    stage.timer.pass_by()
-    stage.ready("Open")
 
 
 def test_a_button_that_means_something_else_waits_a_moment(stage: Stage, lab: LabDirectory) -> None:
