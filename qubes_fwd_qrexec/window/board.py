@@ -86,8 +86,12 @@ class Board:
 
     def refresh(self) -> None:
         """Look at the system anew."""
+        known = None if self.look is None else self.look.plan
         self._looking.do(
-            lambda backend: look_at(backend, self._clock()), self._looked, self._not_looked, kind="look"
+            lambda backend: look_at(backend, self._clock(), known),
+            self._looked,
+            self._not_looked,
+            kind="look",
         )
 
     def be_seen(self, is_seen: bool) -> None:

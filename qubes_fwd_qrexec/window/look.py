@@ -23,9 +23,9 @@ class Look:
     """The system at the time ``now``, in UNIX seconds.
 
     ``denials`` say why dom0's policy denies a live forward's calls all the same, by ``verdicts``, which are
-    None where it cannot say anything. ``due`` is what is not in
-    force as the rules ask for, or is and should not be. ``watch_start`` starts `watch`, where that does not
-    run. ``read_only`` says why nothing can be changed from here.
+    None where it cannot say anything. ``due`` is what is not in force as the rules ask for, or is and should
+    not be. ``watch_start`` starts `watch`, where that does not run. ``read_only`` says why nothing can be
+    changed from here.
     """
 
     snapshot: Snapshot
@@ -43,10 +43,12 @@ class Look:
         return entries(self.plan, self.due, self.denials)
 
 
-def look_at(backend: Backend, now: float) -> Look:
-    """Read the system, which takes a while. Raises `StoreError`."""
+def look_at(backend: Backend, now: float, known: Plan | None = None) -> Look:
+    """Read the system, which takes a while; ``known`` is an earlier plan, which spares some of it. Raises
+    `StoreError`.
+    """
     found = snapshot.look(backend, with_config=True)
-    planned = found.plan(now)
+    planned = found.plan(now, known=known)
     due = tuple(differences(planned, found.inventory, found.installed))
     verdicts = None
     with suppress(ForwardError, OSError):  # the figures say so

@@ -30,7 +30,7 @@ def reopening(look: Look, now: float) -> Reopening | None:
     """None if nothing is held. It takes a while."""
     if not look.plan.is_held:
         return None
-    planned = look.snapshot.plan(now, is_held=False)
+    planned = look.snapshot.plan(now, is_held=False, known=look.plan)
     count = len(planned.live)
     anybody = sum(forward.finding(Cause.ANYBODY) is not None for forward in planned.live)
     head = ngettext("{count} forward opens again.", "{count} forwards open again.", count).format(count=count)

@@ -115,7 +115,7 @@ def test_a_look_that_fails_leaves_the_last_one_and_says_so(
     looked(board, loop)
     was = board.look
 
-    def fail(backend: Backend, now: float) -> None:
+    def fail(*_: object) -> None:
         raise StoreError("qubesd is not there")
 
     with monkeypatch.context() as patch:

@@ -27,6 +27,15 @@ def test_a_look_has_plan_and_what_is_not_in_force(forward: Command, store: Backe
     assert [step.kind for step in look_at(store, NOW).due] == ["close-policy", "revoke", "remove-config"]
 
 
+def test_what_an_earlier_look_made_of_rules_alone_is_not_made_again(forward: Command, store: Backend) -> None:
+    forward(*ADD)
+    first = look_at(store, NOW)
+    forward("add", "work", "81", "--from", "10.0.0.0/8", "--name", "tls")
+    second = look_at(store, NOW, first.plan)
+    assert second.plan == look_at(store, NOW).plan
+    assert second.plan.alone[KEY] is first.plan.alone[KEY]
+
+
 def test_it_says_what_starts_watch_where_that_does_not_run(store: Backend) -> None:
     assert look_at(store, NOW).watch_start is not None
     with store.watching():
