@@ -16,13 +16,14 @@ _WHITHER = ("upload", "download")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What was found; ``before`` is the state that the goals were set for, measured beside ``connect``.
+    """What was found; ``before`` is the state that the goals were set for, which took turns with ``since``.
 
     ``why_not_all`` says why fewer than 50,000 connections were held; ``turn_s`` is the window's longest turn
     after its start.
     """
 
     before: Record
+    since: Record
     connect: Record
     stream: Record
     fair: Record
@@ -105,11 +106,9 @@ def _times(run: Record, key: str, peer: str = "mux") -> float:
 
 
 def _since(found: Found, key: str) -> float:
-    """How many times better mux is than before, each beside direct TCP of its own run."""
-    now, before = (ratio(run.line(key), "mux", "direct") for run in (found.connect, found.before))
-    if not now or not before:
-        raise KeyError(key)
-    return now / before
+    """How many times better mux is than before. Raises KeyError."""
+    line, before = found.since.line(key), found.before.line(key).values["mux"]
+    return before / line.values["mux"] if line.is_less_better else line.values["mux"] / before
 
 
 def _both(times: Sequence[float]) -> str:

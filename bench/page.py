@@ -86,7 +86,8 @@ def _held_table(place: Path, runs: Sequence[str]) -> str:
 
 
 def _goals(place: Path, runs: Sequence[str]) -> str:
-    before, connect, stream, fair = (_record(place, run) for run in ("before", "connect", "stream", "fair"))
+    kept = ("before", "since", "connect", "stream", "fair")
+    before, since, connect, stream, fair = (_record(place, run) for run in kept)
     longest = max(
         phase["longest_s"]
         for phases in _document(place, "window")["systems"].values()
@@ -94,7 +95,7 @@ def _goals(place: Path, runs: Sequence[str]) -> str:
         if name != START
     )
     reason = _document(place, "held")["reason"]
-    found = Found(before, connect, stream, fair, _held(place), reason, _admin_rows(place), longest)
+    found = Found(before, since, connect, stream, fair, _held(place), reason, _admin_rows(place), longest)
     return goals.render(goals.goals(found))
 
 

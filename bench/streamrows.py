@@ -60,7 +60,7 @@ def streams(stage: Stage, effort: Effort) -> Result:
             used = {
                 name: [[1e3 * used.between / mib] for _, used in rounds] for name, rounds in found.items()
             }
-            title = f"{count} streams, {whither}"
+            title = f"{counted(count, 'stream')}, {whither}"
             rate = Line(f"streams-{way}-{count}", title, "MiB/s", is_less_better=False)
             each = Line(f"streams-{way}-{count}-processor", "  processor time for a MiB", "ms")
             lines += [rate.fill(rates, statistics.median), each.fill(used, statistics.median)]

@@ -20,11 +20,14 @@ def run(**values: dict[str, float]) -> Record:
     return Record({}, {"all": Result("", lines)})
 
 
-def found(mux: float = 100.0, each_kib: float = 2.0, count: int = 50_000, list_s: float = 0.5) -> Found:
+def found(
+    mux: float = 100.0, each_kib: float = 2.0, count: int = 50_000, list_s: float = 0.5, many: float = 100
+) -> Found:
     """Where mux takes or gets so many percent of `call`, and before it was twice as slow."""
     same = {"mux": mux, "call": 100.0, "call-ours": 100.0, "direct": 1.0}
     return Found(
-        before=run(many_rate={"mux": 10, "direct": 1}, connect_median={"mux": 400, "direct": 1}),
+        before=run(many_rate={"mux": 40}, connect_median={"mux": 200}),
+        since=run(many_rate={"mux": many}, connect_median={"mux": 100}),
         connect=run(many_rate=same, connect_median=same),
         stream=run(
             bulk_upload=same,
@@ -72,6 +75,13 @@ def test_of_dom0_and_window_only_what_has_a_goal_is_judged() -> None:
     *_, listed, turn = goals(found(list_s=0.7))
     assert listed == ("dom0, list: at most 0.6 s of processor time", "0.7 s", False)
     assert turn == ("no turn of the window takes longer than 50 ms, but for its start", "50 ms", True)
+
+
+def test_what_is_compared_with_before_is_compared_with_the_run_beside_it() -> None:
+    text = "16 clients get 2.5 times the connections of before"
+    assert by_text(found(many=100))[text] == (text, "2.50 times", True)
+    assert by_text(found(many=80))[text] == (text, "2.00 times", False)
+    assert by_text(found())["a new connection takes at most half of the time"].found == "0.50 of it"
 
 
 def test_a_table_says_what_was_missed() -> None:

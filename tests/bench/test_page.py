@@ -23,7 +23,7 @@ def test_each_picture_is_what_the_runs_make_and_is_shown(name: str) -> None:
 
 
 def test_each_run_that_is_kept_can_be_made_again() -> None:
-    assert {path.stem for path in PLACE.glob("*.json")} == {*RUNS, "before"}
+    assert {path.stem for path in PLACE.glob("*.json")} == {*RUNS, "before", "since"}
 
 
 def test_each_run_names_rows_and_peers_that_there_are() -> None:
