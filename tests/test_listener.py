@@ -49,7 +49,7 @@ async def test_the_relay_thread_is_waited_for_once_however_many_forwards_there_a
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it moves many bytes each turn takes a while, and nothing else happens here meanwhile."""
-    ports = [free_port() for _ in range(5)]
+    ports = [free_port() for _ in range(10)]
     for number, port in enumerate(ports):
         write_config(tmp_path / "config", port, 80, transport="mux", key=f"fwd.work.n{number}")
     waits: list[object] = []
@@ -67,7 +67,8 @@ async def test_the_relay_thread_is_waited_for_once_however_many_forwards_there_a
         assert len(waits) == 1
         listener.stop()
         await until(lambda: not any(is_listening(port) for port in ports))
-    assert len(waits) == 3  # for the ports, and for the connections that are left
+    # Once for the ports, and for the connections that are left as often as it is told to end them.
+    assert len(waits) <= 5 < len(ports)
 
 
 @pytest.mark.parametrize(
