@@ -7,7 +7,8 @@ status helps: the client sees RST if the call failed, or our service says that t
 was sent cannot be taken back, so an end of file waits for the exit status where that must follow: behind the
 stock service, which ends with its server, and once the client has ended too. Our own service goes on when
 only its server has ended. It reports a clean end with a line on stderr instead (`callsigns`), so there is
-nothing to wait for. Started by a socket it has no stderr, and then the wait for a status is short.
+nothing to wait for. In a target of the release before it may be started by a socket, and so have no stderr;
+then the wait for a status is short, and an abort ends in FIN.
 
 A call that found no room (`callbudget`) is made again without losing a byte of the client: what no
 qrexec-client-vm has read is still in the socket that the next one reads.

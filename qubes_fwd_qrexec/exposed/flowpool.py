@@ -7,7 +7,6 @@ wait for one, in number and time bounded: most clients send the first one only o
 
 import time
 from collections.abc import Collection
-from functools import partial
 
 import trio
 
@@ -67,18 +66,6 @@ class FlowPool(MuxPool[FlowCall]):
             await ready.settled.wait()
         return ready
 
-    def _ask(self) -> None:
-        if not self.is_retired:
-            self._tasks.start_soon(self._await, self.opening())
-        else:
-            over = f"the forward to {self.target} is over"
-            self.relays.order(partial(self._settled, Refusal.NO_CALL, over), self._stop_asking)
-
-    async def _await(self, opening: FlowCall) -> None:
-        await opening.settled.wait()
-        kind = opening.refusal or Refusal.NO_CALL
-        self.relays.order(partial(self._settled, kind, opening.problem), self._stop_asking)
-
     # Flows, in the loop's thread
 
     def carry(self, flow: Flow, data: bytes, segment: int, now: float) -> None:
@@ -125,7 +112,7 @@ class FlowPool(MuxPool[FlowCall]):
         if self._waiting:
             self._timer = self.relays.loop.after(_LOOK_S, self._look, self._forget_all)
 
-    def _settled(self, kind: str, problem: str | None) -> None:
+    def _settled(self, kind: Refusal, problem: str | None) -> None:
         """A call that was asked for is ready, or will never be."""
         self._is_asking = False
         if problem is None:

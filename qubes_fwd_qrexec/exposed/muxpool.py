@@ -14,6 +14,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import trio
@@ -99,6 +100,14 @@ class MuxPool(ABC, Generic[C]):
     def users(self) -> Collection[Key]:
         """The clients for which there is no mux call yet."""
 
+    @abstractmethod
+    def _settled(self, kind: Refusal, problem: str | None) -> None:
+        """In the loop's thread: a call that was asked for is ready, or never will be for this ``problem``."""
+
+    @abstractmethod
+    def _stop_asking(self) -> None:
+        """In the loop's thread: there was a bug when a call was settled."""
+
     def retire(self) -> None:
         """No forward needs the pool any more: each mux call ends with the last that it carries."""
         self.is_retired = True
@@ -125,6 +134,19 @@ class MuxPool(ABC, Generic[C]):
             self.mux_calls.append(found)
             self._tasks.start_soon(self._run, found)
         return found
+
+    def _ask(self) -> None:
+        """Have a call opened, and tell the loop's thread what becomes of it."""
+        if not self.is_retired:
+            self._tasks.start_soon(self._await, self.opening())
+        else:
+            over = f"the forward to {self.target} is over"
+            self.relays.order(partial(self._settled, Refusal.NO_CALL, over), self._stop_asking)
+
+    async def _await(self, opening: C) -> None:
+        await opening.settled.wait()
+        kind = opening.refusal or Refusal.NO_CALL
+        self.relays.order(partial(self._settled, kind, opening.problem), self._stop_asking)
 
     async def _run(self, mux_call: C) -> None:
         """The whole life of a mux call, including calls that find no room and are made again."""

@@ -7,7 +7,6 @@ All this happens in the loop's thread; only a call is made in trio's.
 import math
 import time
 from collections.abc import Collection
-from functools import partial
 
 import trio
 
@@ -79,18 +78,6 @@ class StreamPool(MuxPool[StreamCall]):
     def waiting(self) -> int:
         """How many connections wait for a call."""
         return len(self._waiting)
-
-    def _ask(self) -> None:
-        if not self.is_retired:
-            self._tasks.start_soon(self._await, self.opening())
-        else:
-            over = f"the forward to {self.target} is over"
-            self.relays.order(partial(self._settled, Refusal.NO_CALL, over), self._stop_asking)
-
-    async def _await(self, opening: StreamCall) -> None:
-        await opening.settled.wait()
-        kind = opening.refusal or Refusal.NO_CALL
-        self.relays.order(partial(self._settled, kind, opening.problem), self._stop_asking)
 
     # As a carrier, in the loop's thread
 

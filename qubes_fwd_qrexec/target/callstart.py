@@ -3,8 +3,7 @@
 
 The start of the service says little: before the agent starts it, it does a handshake with the calling qube,
 which can delay it as long as it likes (qubes-core-qrexec agent/qrexec-agent-data.c). But the agent forks its
-process when dom0's message arrives. An executable service learns the process from ``QREXEC_AGENT_PID``, and a
-socket service from the kernel, as the peer of the connection.
+process when dom0's message arrives, and the service learns it from ``QREXEC_AGENT_PID``.
 
 Times are in kernel ticks of `CLOCK_BOOTTIME`, rounded down, as in /proc. A call is refused if it is not
 certain when dom0 allowed it.
@@ -13,7 +12,6 @@ certain when dom0 allowed it.
 import os
 import select
 import socket
-import struct
 import time
 from typing import NamedTuple
 
@@ -25,7 +23,6 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 # proc_pid_stat(5): starttime is field 22, and the second field, in parentheses, may hold blanks.
 _START_TIME_AFTER_NAME = 22 - 3
 _STAT_MAX_BYTES = 4096
-_PEER_CREDENTIALS = struct.Struct("iII")
 
 
 class CallStartError(ForwardError):
@@ -50,15 +47,6 @@ def agent_pid(text: str) -> int:
         return parse_number(text)
     except TextError:
         raise CallStartError(f"{AGENT_PID_VARIABLE} is {text!a} instead of the agent's PID") from None
-
-
-def peer_pid(call: socket.socket) -> int:
-    """The PID of the process that connected to a socket service. Raises `CallStartError`."""
-    try:
-        raw = call.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-    except OSError as error:
-        raise CallStartError(f"the calling process is unknown: {error.strerror}") from error
-    return int(_PEER_CREDENTIALS.unpack(raw)[0])
 
 
 def call_start(agent: int, call: socket.socket) -> CallStart:
