@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.mux import Origin
+from qubes_fwd_qrexec.relay.copy import abort
 from qubes_fwd_qrexec.relay.thread import RelayThread
 
 from .call import Ending
@@ -28,9 +29,9 @@ class Guest(Connection):
         self._finish: Callable[[Ending], None]
 
     async def relay(self, carrier: Carrier, relays: RelayThread) -> Ending:
-        """Have it carried to its end. When this is cancelled, it is cut before Cancelled is raised.
+        """Have it carried to its end; its socket is closed however this ends.
 
-        Raises `BugError` after a bug.
+        When this is cancelled, it is cut before Cancelled is raised. Raises `BugError` after a bug.
         """
 
         def begin(finish: Callable[[Ending], None]) -> None:
@@ -41,7 +42,10 @@ class Guest(Connection):
             self._finish = lambda ending: None
             self.cut()
 
-        return await relays.wait(begin, let_go)
+        try:
+            return await relays.wait(begin, let_go)
+        finally:
+            abort(self.sock)  # it is open still if nothing was begun
 
     # As its owner
 

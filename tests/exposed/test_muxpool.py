@@ -201,6 +201,16 @@ async def test_a_cancellation_at_any_moment_leaves_nothing(
         assert not any(mux_call.connections for mux_call in bench.pool.mux_calls)
 
 
+async def test_a_cancellation_before_the_begin_closes_the_socket(tmp_path: Path) -> None:
+    async with pool_to(FakeClient(tmp_path, "serve").command, one(free_port())) as bench:
+        client, accepted = tcp_pair()
+        with client, trio.CancelScope() as scope:
+            scope.cancel()
+            await bench.carry(accepted, free_port())
+        assert scope.cancelled_caught
+        assert accepted.fileno() == -1
+
+
 async def test_a_call_that_cannot_be_watched_is_that_mux_calls_trouble(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
