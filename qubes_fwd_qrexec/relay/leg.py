@@ -203,10 +203,12 @@ class Leg(WatchedSocket):
         """There is credit again, or it is this stream's turn."""
         if self._sent_eof or self.ended is not None:
             return
-        if self.is_bulk and self.is_watched and (limit := self._owner.backlog.room_now(self)):
-            self._pull_now(limit)  # there is more, so the kernel is not asked first
-        else:
-            self._watch_too(READ)
+        if self.is_bulk:
+            self._watch_too(0)  # if its peer is gone, `_gone` has unwatched it, and does so again
+            if self.is_watched and (limit := self._owner.backlog.room_now(self)):
+                self._pull_now(limit)  # there is more, so the kernel is not asked first
+                return
+        self._watch_too(READ)
 
     def _gone(self, events: int) -> None:
         """The local peer is gone in both directions while we are not reading.

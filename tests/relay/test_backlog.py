@@ -15,7 +15,7 @@ from mux_bench import BOUND_S, ORIGIN, PORTS, Joined, MuxBench
 
 from qubes_fwd_qrexec.mux import FRAME_COST_BYTES, MIN_CREDIT_BYTES, Connection, Hello, wire
 from qubes_fwd_qrexec.relay.backlog import MAX_BYTES, Backlog
-from qubes_fwd_qrexec.relay.copy import abort
+from qubes_fwd_qrexec.relay.copy import abort, half_close
 from qubes_fwd_qrexec.relay.loop import READ, Loop
 
 MIB = 1 << 20
@@ -205,6 +205,30 @@ def test_bulk_streams_share_the_call(bench: MuxBench) -> None:
                 got[number] += len(stream.server.recv(MIB))
         bench.loop.run_once(0)
     assert min(got) * 3 > max(got)
+
+
+def test_bulk_of_servers_that_have_closed_both_ways_keeps_its_turns(bench: MuxBench) -> None:
+    """The kernel says HUP of them, so their sockets are not watched while they wait for their turn."""
+    streams = [bench.join() for _ in range(8)]
+    for stream in streams:
+        half_close(stream.client)
+    bench.until(lambda: all(stream.far.has_eof for stream in streams))
+    to_send, to_come = (dict.fromkeys(streams, MIB) for _ in range(2))
+
+    def all_has_come() -> bool:
+        for stream in streams:
+            with contextlib.suppress(BlockingIOError):
+                if to_send[stream]:
+                    to_send[stream] -= stream.server.send(bytes(to_send[stream]))
+                    if not to_send[stream]:
+                        half_close(stream.server)
+            with contextlib.suppress(BlockingIOError):
+                to_come[stream] -= len(stream.client.recv(MIB))
+        return not any(to_come.values())
+
+    bench.until(all_has_come)
+    for stream in streams:
+        assert bench.read_to_end(stream.client) == (b"", "EOF")
 
 
 def test_a_stream_that_waits_is_remembered_once_and_forgotten_with_its_end(bench: MuxBench) -> None:
