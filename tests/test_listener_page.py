@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qubes_fwd_qrexec import listener
-from qubes_fwd_qrexec.admin.views import refused as refused_words
+from qubes_fwd_qrexec.admin.views import carried
 from qubes_fwd_qrexec.common import config
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.exposed import (
@@ -177,7 +177,7 @@ def test_every_reason_why_something_is_refused_or_dropped_is_on_both_pages_and_n
     _, refused, dropped = re.split(r"as \*refused\*;|were \*dropped\*:", STATUS_PAGE)
     assert set(re.findall("``([a-z-]+)``(?:, |\n)", refused)) == refusals
     assert set(re.findall("``([a-z-]+)``(?:, |\n)", dropped)) == set(flowcounters.Dropped)
-    assert refused_words.WORDS.keys() == refusals | set(flowcounters.Dropped)
+    assert carried.REFUSED.keys() == refusals | set(flowcounters.Dropped)
 
 
 def test_all_calls_together_are_fewer_than_a_qube_has_room_for() -> None:

@@ -21,7 +21,7 @@ from wired import (
     open_wired,
 )
 
-from qubes_fwd_qrexec.admin import nftpath, resolving
+from qubes_fwd_qrexec.admin import checks, nftpath
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
 from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule, Transport
@@ -54,7 +54,7 @@ def wired(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         inventory = LabStore(LabDirectory(place)).inventory()
 
         def sources(named: NamedRule) -> Sources:
-            found, *_ = resolving.resolved(named, PATH[1], inventory)
+            found, *_ = checks.resolved(named, PATH[1], inventory)
             assert found is not None
             return found
 

@@ -29,10 +29,9 @@ from .backend import Backend, put
 from .deciding import Decision, decided
 from .editing import edited
 from .inventory import ADMIN, RULE_PREFIX, TUNNEL_FEATURE, Inventory
-from .previewing import new_problem
 from .seen import Seen, check_seen
 from .snapshot import TUNNEL_NAME, ByName, NewLines, Snapshot, Which, look, made_up_name, names_at
-from .states import Forward, Key, NotOpenError, Plan
+from .states import Cause, Finding, Forward, Key, NotOpenError, Plan, State
 
 
 class NotMarkedError(RefusedError):
@@ -332,3 +331,24 @@ def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str)
         was = yes_no(bool(old)) if name == TUNNEL_NAME else "(new)" if old is None else old
         return f"  {qube} {ascii(name)[1:-1]} {ascii(was)[1:-1]}\n"
     return None
+
+
+def new_problem(old: Forward | None, new: Forward, *, ports_alone: bool = False) -> Finding | None:
+    """What would newly keep a rule closed; or, if it was and stays disabled, once it is enabled."""
+    if old is not None and old.named.rule.enabled is not new.named.rule.enabled:
+        if old.named.rule.enabled:
+            return None  # what closes is never refused
+        old = None
+    stop = _stop(new)
+    if not ports_alone and stop is not None and stop.cause.state is State.REFUSED:
+        before = None if old is None else _stop(old)
+        if before is None or (before.cause, old and old.exposed) != (stop.cause, new.exposed):
+            return stop
+    conflict = new.finding(Cause.CONFLICT)
+    return None if old is not None and conflict == old.finding(Cause.CONFLICT) else conflict
+
+
+def _stop(forward: Forward) -> Finding | None:
+    """What keeps it closed, or would if it was enabled."""
+    stops = (stop for stop in forward.stops if stop.cause not in (Cause.DISABLED, Cause.CONFLICT))
+    return next(stops, None)

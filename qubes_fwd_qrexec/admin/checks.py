@@ -5,13 +5,14 @@ The first finding that stops the rule decides its state: a disabled rule is disa
 """
 
 from collections.abc import Collection, Iterator
+from ipaddress import ip_network
 
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
-from qubes_fwd_qrexec.common.errors import ConfigError
+from qubes_fwd_qrexec.common.errors import ConfigError, TextError
 from qubes_fwd_qrexec.common.rules import ForwardRule, ForwardType, Mode, NamedRule, Proxy, Transport
-from qubes_fwd_qrexec.common.values import Proto, QubeName
+from qubes_fwd_qrexec.common.values import IPNetwork, Proto, QubeName, Sources
 
-from . import nftpath, resolving
+from . import nftpath
 from .inventory import (
     ADMIN,
     DISPOSABLE,
@@ -24,7 +25,7 @@ from .inventory import (
     Inventory,
     Qube,
 )
-from .states import Cause, Config, Finding, Forward, Verdict
+from .states import Cause, Config, Finding, Forward, LetIn, Verdict
 
 # transport=call needs a policy line for each port, and dom0 reads the whole policy anew after a change.
 CALL_PORTS_MAX = 256
@@ -61,7 +62,7 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
             findings.append(Finding(Cause.EXPOSED_HALTED, exposed.name, case=forward.mode))
         if not (target.is_running or rule.autostart):
             findings.append(Finding(Cause.TARGET_HALTED, target.name, case=forward.mode))
-        sources, let_in, found = resolving.resolved(named, exposed.name, inventory)
+        sources, let_in, found = resolved(named, exposed.name, inventory)
         forward = forward._replace(sources=sources, let_in=let_in)
         findings += found
         told = _by_nft if forward.mode is Mode.NFT else _over_qrexec
@@ -256,3 +257,71 @@ def _by_nft(
         return nftpath.configs(named, forward.sources, path, side, inventory), found
     except ConfigError as error:
         return (), [*found, Finding(Cause.TOO_LARGE, detail=str(error), case="bytes")]
+
+
+def resolved(
+    named: NamedRule, exposed: QubeName, inventory: Inventory
+) -> tuple[Sources | None, tuple[LetIn, ...], list[Finding]]:
+    """Whom a rule lets in at its exposed qube, None if that is nobody; and who of them it names.
+
+    A qube is let in by the addresses that Qubes gave it, and only where these prove who it is: in its own
+    netvm, whose antispoofing drops what the qube sends from any other address, and what others send from this
+    one (docs/facts.md, F7), and if no other qube behind that has the address, as a clone may (F8).
+    """
+    clients = named.rule.sources
+    if not clients.has_names:
+        return clients.fixed, (), []
+    behind, found = _behind(named, exposed, inventory)
+    owners: dict[IPNetwork, set[QubeName]] = {}
+    for qube in inventory.qubes.values():
+        for address in _addresses(qube) if qube.netvm == exposed else ():
+            owners.setdefault(address, set()).add(qube.name)
+    versions = {address.version for address in named.rule.listen_addresses}
+    let_in: list[LetIn] = []
+    for asked, qube in behind:
+        has = [address for address in _addresses(qube) if address.version in versions]
+        rivals = {owner for address in has for owner in owners[address]} - {qube.name}
+        let_in.append(LetIn(asked, qube.name, tuple(a for a in has if len(owners[a]) == 1)))
+        if rivals or not has:
+            case = "shared" if rivals else "address"
+            found.append(Finding(Cause.SOURCE_NOBODY, qube.name, detail=", ".join(sorted(rivals)), case=case))
+        if qube.provides_network:
+            found.append(Finding(Cause.SOURCE_NETVM, qube.name))
+    networks = {*clients.networks, *(address for each in let_in for address in each.addresses)}
+    sources = None
+    try:
+        if networks:
+            sources = Sources.of(networks)
+        else:
+            found.append(Finding(Cause.NO_SOURCE, exposed))
+    except TextError as error:
+        found.append(Finding(Cause.TOO_LARGE, detail=str(error), case="bytes"))
+    return sources, tuple(let_in), list(dict.fromkeys(found))
+
+
+def _behind(
+    named: NamedRule, exposed: QubeName, inventory: Inventory
+) -> tuple[list[tuple[str, Qube]], list[Finding]]:
+    """The qubes behind the exposed one that a rule names, each with the name for it there; and the others."""
+    target, _, rule = named
+    behind: list[tuple[str, Qube]] = []
+    found: list[Finding] = []
+    for name in rule.sources.qubes:
+        qube = inventory.get(name)
+        if qube is None:
+            found.append(Finding(Cause.SOURCE_NOBODY, name, case="qube"))
+        elif qube.netvm != exposed:
+            case = "netvm" if qube.netvm not in (None, target) else "none"
+            found.append(Finding(Cause.SOURCE_ELSEWHERE, name, detail=qube.netvm or "", case=case))
+        else:
+            behind.append((name, qube))
+    for tag in rule.sources.tags:
+        tagged = [q for q in inventory.qubes.values() if tag in q.tags and q.klass not in (ADMIN, TEMPLATE)]
+        behind += ((f"@tag:{tag}", qube) for qube in tagged if qube.netvm == exposed)
+        if others := [qube.name for qube in tagged if qube.netvm != exposed]:
+            found.append(Finding(Cause.TAG_ELSEWHERE, exposed, detail=", ".join(others), case=tag))
+    return behind, found
+
+
+def _addresses(qube: Qube) -> list[IPNetwork]:
+    return [ip_network(address) for address in (qube.ip, qube.ip6) if address is not None]

@@ -178,7 +178,8 @@ def _key(place: Place) -> str:
 def wanted(place: Place, value: str | None) -> NftConfig | None:
     """What a qube is to have in force that was told this; None if that is nothing."""
     config = None if value is None else NftConfig.parse(_key(place), value)
-    return None if config is None or _is_over(config) else config
+    # What `switched` writes is over since 1970.
+    return None if config is None or config.expire == 1 else config
 
 
 def judged(qube: QubeName, key: str, config: NftConfig | None, answer: Answer) -> Unconfirmed | None:
@@ -254,8 +255,3 @@ def switched(planned: Plan, inventory: Inventory, closed: Iterable[Key] = ()) ->
                 over = replace(NftConfig.parse(key, value), expire=1, on_expire=OnExpire.CUT)
                 found[qube, feature] = str(over)
     return found
-
-
-def _is_over(config: NftConfig) -> bool:
-    """Whether it is what `switched` writes."""
-    return config.expire == 1

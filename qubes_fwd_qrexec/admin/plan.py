@@ -11,15 +11,95 @@ autostart, which dom0's policy cannot tell apart. Every command refuses a second
 still bring two together when they change netvms: then the first by name has the port.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from operator import itemgetter
 
-from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule
+from qubes_fwd_qrexec.common.config import Side
+from qubes_fwd_qrexec.common.rules import WILDCARDS, BrokenRule, Mode, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
 
-from .checks import is_over, judged
-from .claims import Claims, claims_of
-from .inventory import Inventory
-from .states import Alone, Cause, Forward, Key, Plan
+from .checks import is_over, judged, listener_of
+from .inventory import Chain, Inventory
+from .states import Alone, Cause, Claim, Finding, Forward, Key, Plan
+
+# These open only after a command, which checks their ports then. So copies that clones inherit claim nothing.
+_ASLEEP = frozenset((Cause.CLONED, Cause.EXPIRED, Cause.DISABLED))
+# Ports that are looked through together: most claims are in one block, and a block has few.
+_BLOCK = 256
+
+
+def _homes(forward: Forward) -> tuple[QubeName, ...]:
+    """Where a rule claims its ports, the exposed qube first: at the netvms that were agreed to, since it
+    opens again by itself when they are back.
+    """
+    rule = forward.named.rule
+    if forward.cause in _ASLEEP:
+        return ()
+    followed = forward.chain if rule.follow_netvm else ()
+    agreed = followed or rule.path or forward.chain
+    return forward._replace(chain=agreed, exposed=listener_of(rule, Chain(agreed))).hops
+
+
+def claims_of(forward: Forward, inventory: Inventory) -> tuple[Claim, ...]:
+    """The ports that a rule claims, at its exposed qube first."""
+    named, homes, is_nft = forward.named, _homes(forward), forward.mode is Mode.NFT
+    found: list[Claim] = []
+    for number, qube in enumerate((*homes, named.target) if homes and is_nft else homes):
+        is_own = number == len(homes)
+        ports = named.rule.target_ports if is_own else named.rule.listen_ports
+        side, addresses = None, named.rule.listen_addresses
+        if number:
+            # Packets come from a netvm there, and nobody knows by which address they came in.
+            side, addresses = Side.UPLINK, tuple(WILDCARDS[each.version] for each in addresses)
+        elif is_nft:
+            side = inventory.side(qube, named.rule.forward_type)
+        found.append(Claim(ports.first, ports.last, side, addresses, qube, named, is_own))
+    return tuple(found)
+
+
+class Claims:
+    """What the rules that were taken claim."""
+
+    def __init__(self) -> None:
+        # Of each block of ports at a qube, with the number of the rule: the first has the port.
+        self._ports: dict[tuple[QubeName, int], list[tuple[int, Claim]]] = {}
+        self._calls: dict[tuple[QubeName, QubeName, bool], list[NamedRule]] = {}
+        self._count = 0
+
+    def take(self, forward: Forward, claims: tuple[Claim, ...]) -> Finding | None:
+        """Give a rule what it claims, or return the conflict with the rule that has it."""
+        for claim in claims:
+            rival = min(self._rivals(claim), key=itemgetter(0), default=None)
+            if rival is not None:
+                case = "own-port" if claim.is_own else "port"
+                return Finding(Cause.CONFLICT, qube=claim.qube, rival=rival[1].named, case=case)
+        if claims and forward.mode is not Mode.NFT:
+            conflict = self._take_calls(forward.named, claims[0].qube)
+            if conflict is not None:
+                return conflict
+        self._count += 1
+        for claim in claims:
+            for block in _blocks(claim):
+                self._ports.setdefault((claim.qube, block), []).append((self._count, claim))
+        return None
+
+    def _rivals(self, claim: Claim) -> Iterator[tuple[int, Claim]]:
+        for block in _blocks(claim):
+            for number, other in self._ports.get((claim.qube, block), ()):
+                if other.first <= claim.last and claim.first <= other.last and claim.rivals(other):
+                    yield number, other
+
+    def _take_calls(self, named: NamedRule, listener: QubeName) -> Finding | None:
+        for reaching in self._calls.get((listener, named.target, not named.rule.autostart), ()):
+            is_same = named.rule.proto.overlaps(reaching.rule.proto)
+            if is_same and named.rule.target_ports.overlaps(reaching.rule.target_ports):
+                return Finding(Cause.CONFLICT, qube=listener, rival=reaching, case="autostart")
+        self._calls.setdefault((listener, named.target, named.rule.autostart), []).append(named)
+        return None
+
+
+def _blocks(claim: Claim) -> range:
+    return range(claim.first // _BLOCK, claim.last // _BLOCK + 1)
 
 
 def plan(

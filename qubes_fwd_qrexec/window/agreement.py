@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin.changing import confirmed_rule
-from qubes_fwd_qrexec.admin.previewing import preview
 from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.states import Cause, Forward, Key
 from qubes_fwd_qrexec.admin.views import entrance, reasons
@@ -14,6 +13,7 @@ from qubes_fwd_qrexec.common.rules import Mode, NamedRule
 
 from . import rows
 from .look import Look
+from .previewing import preview
 from .words import _
 
 

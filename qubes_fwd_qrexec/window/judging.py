@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin.changing import changed_rule, new_rule
-from qubes_fwd_qrexec.admin.previewing import Preview, preview
 from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.snapshot import Snapshot, parse_new_name
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, Key, Plan, State
@@ -24,6 +23,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 
 from .draft import ANYBODY, NAME, QUBE, Draft
 from .mends import Mend, of_contradiction, of_ways_out
+from .previewing import Preview, preview
 from .words import _
 
 NOTHING: Mapping[str, str] = MappingProxyType({})

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import nft_world, only, qube, rule
 
-from qubes_fwd_qrexec.admin import nftpath, resolving
+from qubes_fwd_qrexec.admin import checks, nftpath
 from qubes_fwd_qrexec.admin.inventory import Inventory, Qube
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Cause, Forward, State, Verdict
@@ -158,7 +158,7 @@ def test_clients_by_name_hold_their_port_whatever_addresses_they_have() -> None:
 
 def by_nft(sources: str, inventory: Inventory) -> tuple[tuple[QubeName, NftConfig], ...]:
     named = rule(f"forwardtype=internal mode=nft srchosts={sources}")
-    resolved, *_ = resolving.resolved(named, QubeName("sys-firewall"), inventory)
+    resolved, *_ = checks.resolved(named, QubeName("sys-firewall"), inventory)
     assert resolved is not None
     path = (QubeName("work"), QubeName("sys-firewall"))
     assert all(
@@ -222,7 +222,7 @@ def test_nobody_is_let_in_but_networks_and_named_neighbours(
 ) -> None:
     inventory: Inventory = nft_world(player("a", 1, netvm), ip6=ip6)
     named = rule(f"forwardtype=internal srchosts={','.join(names)}")
-    sources, let_in, _ = resolving.resolved(named, QubeName("sys-firewall"), inventory)
+    sources, let_in, _ = checks.resolved(named, QubeName("sys-firewall"), inventory)
     allowed = [name for name in names if "/" in name]
     for each in inventory.qubes.values():
         if each.netvm == "sys-firewall" and (

@@ -27,59 +27,59 @@ _ALWAYS = {"netvm": ("AppVM", "DispVM", "StandaloneVM", "TemplateVM"), "template
 CALLS_AT_ONCE = 8
 
 
-class Reader:
-    """Reads one inventory. ``open_app`` makes a `qubesadmin.Qubes`; ``here`` is as in `errors`."""
+def read_inventory(open_app: Callable[[], Any], here: QubeName | None, with_config: bool) -> Inventory:
+    """All qubes. ``open_app`` makes a `qubesadmin.Qubes`; ``here`` is as in `errors`.
 
-    def __init__(self, open_app: Callable[[], Any], here: QubeName | None, with_config: bool) -> None:
-        self._open_app = open_app
-        self._here = here
-        self._with_config = with_config
+    Raises `StoreError` where more is wrong than one qube.
+    """
+    app = open_app()
+    app.cache_enabled = True
+    with asking_qubesd("admin.vm.List", "dom0", here):
+        vms = list(app.domains.values())
 
-    def inventory(self) -> Inventory:
-        """Raises `StoreError` where more is wrong than one qube."""
-        app = self._open_app()
-        app.cache_enabled = True
-        with asking_qubesd("admin.vm.List", "dom0", self._here):
-            vms = list(app.domains.values())
-        if self._here is None:
-            found = list(map(self._read, vms))
-        else:
-            with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
-                found = list(pool.map(self._read, vms))
-        return Inventory({qube.name: qube for qube in found if qube is not None}, self._here)
+    def read(vm: Any) -> Qube | None:
+        return _read(vm, open_app, here, with_config)
 
-    def _read(self, vm: Any) -> Qube | None:
-        """None if the qube has vanished. Of dom0 nothing is asked, which policy would have to allow too."""
-        with asking_qubesd("admin.vm.List", "dom0", self._here):
-            name = parse_qube_name(vm.name)
-            features: dict[str, str] = {}
-            qube = Qube(name, vm.klass, features, is_running=vm.get_power_state() not in _NOT_RUNNING)
-        if qube.klass == ADMIN:
-            return qube
-        try:
-            with asking_qubesd("admin.vm.feature.List", name, self._here):
-                keys = list(vm.features)
-            qube = qube._replace(configured=frozenset(filter(is_configuration, keys)))
-            for key in keys:
-                if feature_matters(key, self._with_config):
-                    with asking_qubesd(f"admin.vm.feature.Get+{key}", name, self._here):
-                        value = vm.features.get(key)
-                    # None: it was removed since it was listed.
-                    if value is not None:
-                        features[key] = value
-            with asking_qubesd("admin.vm.tag.List", name, self._here):
-                qube = qube._replace(tags=frozenset(vm.tags))
-            with asking_qubesd("admin.vm.property.GetAll", name, self._here):
-                return qube._replace(**properties(vm))
-        except UnansweredError as error:
-            # To a management qube, a call to a qube that is gone looks like one that policy forbids.
-            with asking_qubesd("admin.vm.List", "dom0", self._here):
-                if name not in self._open_app().domains:
-                    return None
-            # In a management qube, policy may forbid all such calls: then most of the system is unreadable.
-            if self._here is not None:
-                raise
-            return qube._replace(problem=str(error))
+    if here is None:
+        found = list(map(read, vms))
+    else:
+        with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
+            found = list(pool.map(read, vms))
+    return Inventory({qube.name: qube for qube in found if qube is not None}, here)
+
+
+def _read(vm: Any, open_app: Callable[[], Any], here: QubeName | None, with_config: bool) -> Qube | None:
+    """None if the qube has vanished. Of dom0 nothing is asked, which policy would have to allow too."""
+    with asking_qubesd("admin.vm.List", "dom0", here):
+        name = parse_qube_name(vm.name)
+        features: dict[str, str] = {}
+        qube = Qube(name, vm.klass, features, is_running=vm.get_power_state() not in _NOT_RUNNING)
+    if qube.klass == ADMIN:
+        return qube
+    try:
+        with asking_qubesd("admin.vm.feature.List", name, here):
+            keys = list(vm.features)
+        qube = qube._replace(configured=frozenset(filter(is_configuration, keys)))
+        for key in keys:
+            if feature_matters(key, with_config):
+                with asking_qubesd(f"admin.vm.feature.Get+{key}", name, here):
+                    value = vm.features.get(key)
+                # None: it was removed since it was listed.
+                if value is not None:
+                    features[key] = value
+        with asking_qubesd("admin.vm.tag.List", name, here):
+            qube = qube._replace(tags=frozenset(vm.tags))
+        with asking_qubesd("admin.vm.property.GetAll", name, here):
+            return qube._replace(**properties(vm))
+    except UnansweredError as error:
+        # To a management qube, a call to a qube that is gone looks like one that policy forbids.
+        with asking_qubesd("admin.vm.List", "dom0", here):
+            if name not in open_app().domains:
+                return None
+        # In a management qube, policy may forbid all such calls: then most of the system is unreadable.
+        if here is not None:
+            raise
+        return qube._replace(problem=str(error))
 
 
 def properties(vm: Any) -> Mapping[str, Any]:

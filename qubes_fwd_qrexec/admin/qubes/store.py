@@ -25,7 +25,7 @@ from qubes_fwd_qrexec.system.lockfile import hold, is_held, why_not
 
 from . import policyapi
 from .errors import WHO_MAY, asking_qubesd, how_to_allow
-from .reading import CALLS_AT_ONCE, Reader
+from .reading import CALLS_AT_ONCE, read_inventory
 
 # Root and the group qubes can write there, in dom0 (qubes-core-admin linux/system-config/tmpfiles-qubes.conf)
 # and in a qube (qubes-core-agent-linux vm-systemd/qubes-sysinit.sh); it is gone at boot, as a lock should be.
@@ -65,7 +65,7 @@ class QubesStore:
         return None if app.qubesd_connection_type == "socket" else QubeName(app.local_name)
 
     def inventory(self, *, with_config: bool = True) -> Inventory:
-        return Reader(self._open_app, self._here, with_config).inventory()
+        return read_inventory(self._open_app, self._here, with_config)
 
     def set_feature(self, qube: QubeName, key: str, value: str) -> None:
         with asking_qubesd(f"admin.vm.feature.Set+{key}", qube, self._here):

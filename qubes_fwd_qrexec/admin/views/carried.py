@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Words for what forwards carry: the connections of TCP, and the packets and flows of UDP."""
+"""Words for what forwards carry and refuse: the connections of TCP, and the packets and flows of UDP."""
+
+from collections.abc import Mapping
 
 from qubes_fwd_qrexec.common.values import Proto
 
@@ -8,6 +10,31 @@ _LIVE = {
     Proto.TCP: ("connection", "connections"),
     Proto.UDP: ("UDP flow", "UDP flows"),
     Proto.BOTH: ("connection or UDP flow", "connections and UDP flows"),
+}
+# By the words that are counted: those of a rule's options, of `refusals`, and of the exposed qube.
+# qvm-forward-list(1) says more of each.
+REFUSED = {
+    "srchosts": "from sources that are not allowed",
+    "side": "from the wrong side",
+    "connections": "over the limit of connections",
+    "per-source": "over the limit of a client",
+    "rate": "over the rate",
+    "process": "over what the listener takes",
+    "made-room": "ended to make room",
+    "policy": "denied by dom0",
+    "no-service": "without our service in the target",
+    "server": "without a server",
+    "busy": "with too many waiting",
+    "no-call": "without a call to the target",
+    "full": "for want of room",
+    "old": "that waited too long",
+    "kernel": "that came too fast",
+    "refused": "right behind a refusal",
+    "target": "in the target",
+    "late": "after the end of their flow",
+    "unsent": "that could not be sent",
+    "too-long": "that were too long",
+    "to-many": "by broadcast or multicast",
 }
 
 
@@ -25,3 +52,8 @@ def live(proto: Proto, number: int | None) -> str:
 def named(proto: Proto) -> str:
     """What tells it from TCP alone, which is not named: empty, or words that end in a space."""
     return "" if proto is Proto.TCP else f"{'+'.join(proto.each)} "
+
+
+def refused(counts: Mapping[str, int]) -> str:
+    """How many of each; empty if there are none. A word that is not known, of a newer listener, stays."""
+    return ", ".join(f"{count} {REFUSED.get(why, why)}" for why, count in sorted(counts.items()) if count)

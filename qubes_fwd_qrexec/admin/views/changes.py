@@ -27,11 +27,10 @@ from qubes_fwd_qrexec.common.errors import (
 )
 from qubes_fwd_qrexec.common.nftconfig import is_nft_key, parse_nft_key
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, Mode, NamedRule, OnExpire
-from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
 
-from . import callroom, carried, confirmed, given, reasons, steps, travel
+from . import carried, confirmed, given, reasons, steps, travel
 from .judged import denials
-from .listeners import Heard, ask_after
+from .listeners import GoesOn, Heard, Uptake, ask_after
 from .render import forward_as_json
 from .session import Session
 from .tables import escaped
@@ -49,27 +48,19 @@ _SWITCHES = {
 class After(NamedTuple):
     """A change, and what is known of it afterwards.
 
-    ``heard`` is what the listeners make of it, ``told`` what qubes are to have of forwards by nft, ``doubts``
-    are qubes that do not confirm that, ``denials`` why dom0's policy denies calls all the same.
-    ``watch_start`` starts `watch`, where that is not running. ``needed`` is what `callroom.calls_needed` says
-    of the plan, and ``needed_before`` of that before. ``hiding`` are targets and ports whose servers did not
-    see their clients before.
+    ``told`` is what qubes are to have of forwards by nft, ``doubts`` are qubes that do not confirm that, and
+    ``still_open`` those about what was to be closed and what nobody has closed. ``goes_on`` is what listeners
+    still have of what is closed. ``news`` are warnings about each forward that come from the change.
+    ``watch_start`` starts `watch`, where that is not running.
     """
 
     changed: Changed
-    heard: Heard
     told: Mapping[Place, str | None]
     doubts: tuple[Unconfirmed, ...]
-    denials: Mapping[Key, str]
+    still_open: tuple[Unconfirmed, ...]
+    goes_on: tuple[GoesOn, ...]
+    news: Mapping[Key, list[str]]
     watch_start: str | None
-    needed: Mapping[QubeName, int]
-    needed_before: Mapping[QubeName, int]
-    hiding: frozenset[tuple[QubeName, TargetPorts]]
-
-    @property
-    def still_open(self) -> tuple[Unconfirmed, ...]:
-        """The doubts about what was to be closed and what nobody has closed."""
-        return confirmed.still_open(self.doubts, self.told, self.changed.outcome.before)
 
 
 def followed(changed: Changed, session: Session) -> After:
@@ -84,27 +75,22 @@ def followed(changed: Changed, session: Session) -> After:
 
 
 def _followed(changed: Changed, session: Session) -> After:
-    said, denied = Heard({}), dict[Key, str]()
+    heard, denied, outcome = Heard({}), dict[Key, str](), changed.outcome
     told: dict[Place, str | None] = {}
     doubts: tuple[Unconfirmed, ...] = ()
     if changed.is_applied:
-        told = _perhaps_draining(changed, session.now) | changed.outcome.told
+        told = _perhaps_draining(changed, session.now) | outcome.told
         doubts = unconfirmed(told, session.backend)
-        if steps.troubles(changed.outcome):
+        if steps.troubles(outcome):
             # Another rule may be what is in trouble, and this one closed as far as dom0 can tell.
-            confirmed.warn(doubts, told, changed.outcome.before, session)
-        steps.check(changed.outcome, StoredError)
+            confirmed.warn(doubts, told, outcome.before, session)
+        steps.check(outcome, StoredError)
         was, planned, inventory = changed.plan_before, changed.plan, changed.after.inventory
-        said = ask_after(was, planned, changed.keys, inventory, session.backend)
+        heard = ask_after(was, planned, changed.keys, inventory, session.backend)
         denied = denials(changed.forwards, session.backend)
-    needed, needed_before = map(callroom.calls_needed, (changed.plan, changed.plan_before))
-    hiding = frozenset(
-        (old.named.target, old.named.rule.target_ports)
-        for old in changed.plan_before.live
-        if travel.hides_clients(old) is not None
-    )
-    watch_start = session.backend.unwatched()
-    return After(changed, said, told, doubts, denied, watch_start, needed, needed_before, hiding)
+    still_open = confirmed.still_open(doubts, told, outcome.before)
+    news = _news(changed, heard.uptakes, denied)
+    return After(changed, told, doubts, still_open, heard.goes_on, news, session.backend.unwatched())
 
 
 def _perhaps_draining(changed: Changed, now: float) -> dict[Place, str | None]:
@@ -244,39 +230,49 @@ def _flows(after: After, key: Key | None) -> bool:
     """Whether connections of a forward that was closed may go on, as any of those says that were asked."""
     return key is not None and (
         any(doubt.lack == Lack.DRAINS and parse_nft_key(doubt.key) == key for doubt in after.doubts)
-        or any((left.target, left.name) == key for left in after.heard.goes_on)
+        or any((left.target, left.name) == key for left in after.goes_on)
         or any(ended.target == key[0] and ended.draining for ended in after.changed.outcome.ended)
     )
 
 
 def notes(after: After, forward: Forward) -> list[str]:
     """Warnings about a forward, new ones first."""
-    return [*news(after, forward), *warnings(forward)]
+    return [*after.news[forward.named[:2]], *warnings(forward)]
 
 
-def news(after: After, forward: Forward) -> list[str]:
-    """Warnings about a forward that come from the change."""
-    key = forward.named[:2]
-    decision = after.changed.decisions.get(key)
-    found = [] if decision is None else [travel.decision(forward, decision)]
-    denial, uptakes = after.denials.get(key), after.heard.uptakes.get(key, ())
-    found += [] if denial is None else [f"dom0 denies its calls: {denial}"]
-    found += dict.fromkeys(note for uptake in uptakes if (note := uptake.note(forward)) is not None)
-    for on_expire, narrowed in _narrowed(after.changed.plan_before.find(*key), forward).items():
-        is_cut = on_expire is OnExpire.CUT
-        then = "are cut" if is_cut else "may go on for up to an hour, because of on-expire=drain"
-        found.append(f"{' and '.join(narrowed)} that it no longer allows {then}")
-    room = callroom.note(forward, after.needed, after.needed_before)
-    found += [] if room is None else [room]
-    return [*found, *_hidden(after, forward)]
-
-
-def _hidden(after: After, forward: Forward) -> Iterable[str]:
-    """That a server no longer sees who its clients are, unless that was so for it before."""
-    (target, name, rule), note = forward.named, travel.hides_clients(forward)
-    was = after.changed.plan_before.find(target, name)
-    is_known = travel.hides_clients(was) is not None or (target, rule.target_ports) in after.hiding
-    return () if note is None or is_known or not forward.is_live else (note,)
+def _news(
+    changed: Changed, uptakes: Mapping[Key, tuple[Uptake, ...]], denied: Mapping[Key, str]
+) -> dict[Key, list[str]]:
+    """Warnings that come from the change: about its forwards, what their listeners made of it, and where
+    dom0's policy denies calls all the same.
+    """
+    needed, needed_before = map(travel.calls_needed, (changed.plan, changed.plan_before))
+    hiding = {
+        (old.named.target, old.named.rule.target_ports)
+        for old in changed.plan_before.live
+        if travel.hides_clients(old) is not None
+    }
+    news: dict[Key, list[str]] = {}
+    for forward in changed.forwards:
+        (target, _, rule), key = forward.named, forward.named[:2]
+        old = changed.plan_before.find(*key)
+        found = news[key] = []
+        if (decision := changed.decisions.get(key)) is not None:
+            found.append(travel.decision(forward, decision))
+        if key in denied:
+            found.append(f"dom0 denies its calls: {denied[key]}")
+        found += dict.fromkeys(filter(None, (uptake.note(forward) for uptake in uptakes.get(key, ()))))
+        for on_expire, narrowed in _narrowed(old, forward).items():
+            is_cut = on_expire is OnExpire.CUT
+            then = "are cut" if is_cut else "may go on for up to an hour, because of on-expire=drain"
+            found.append(f"{' and '.join(narrowed)} that it no longer allows {then}")
+        if (room := travel.room(forward, needed, needed_before)) is not None:
+            found.append(room)
+        # That a server does not see who its clients are is no news where it did not before.
+        hides, is_known = travel.hides_clients(forward), (target, rule.target_ports) in hiding
+        if forward.is_live and hides is not None and travel.hides_clients(old) is None and not is_known:
+            found.append(hides)
+    return news
 
 
 def _narrowed(old: Forward | None, forward: Forward) -> dict[OnExpire, list[str]]:
@@ -319,7 +315,7 @@ def tell(
 
     Returns the exit status: what was to be cut and goes on is no success; what may drain was asked for.
     """
-    changed, goes_on = after.changed, after.heard.goes_on
+    changed, goes_on = after.changed, after.goes_on
     if session.is_json:
         session.say_json({**data, **as_json(after)})
     else:
@@ -378,7 +374,7 @@ def as_json(after: After) -> dict[str, Any]:
         "is_watched": after.watch_start is None,
         "steps": [steps.as_json(step) for step in outcome.done],
         "ended": [ended._asdict() for ended in outcome.ended],
-        "goes_on": [left._asdict() for left in after.heard.goes_on],
+        "goes_on": [left._asdict() for left in after.goes_on],
         "unconfirmed": [doubt._asdict() for doubt in after.doubts],
         "still_open": [doubt._asdict() for doubt in after.still_open],
     }

@@ -4,7 +4,7 @@
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from ipaddress import ip_network
-from typing import Any, NamedTuple
+from typing import Any
 
 from qubes_fwd_qrexec.admin import cutting
 from qubes_fwd_qrexec.admin.cutting import Cut, ForwardAt
@@ -46,18 +46,22 @@ def cut(args: Namespace, session: Session) -> int:
     if name not in open_at:
         raise RefusedError("; ".join(filter(None, (_why_closed(snapshot, forward, target, name), unknown))))
     found = cutting.cut(open_at[name], which, session.backend)
-    after = _after(forward, which)
+    after, way_out = _after(forward, which)
     problems = [one.problem for one in found if one.problem is not None]
     ended = _ended(found)
     status = 0 if ended and not problems else 1
     if session.is_json:
         data: dict[str, Any] = {"qube": target, "name": name, "client": str(which) or None}
-        data |= {"cut": sum(one.ended for one in found), "at": [_as_json(one) for one in found]}
-        session.say_json({**data, "silent": silent, "ways_out": [after.way_out] if after.way_out else []})
+        data["cut"] = sum(one.ended for one in found)
+        data["at"] = [
+            {"qube": one.exposed, "proto": one.key.proto, "cut": one.ended, "problem": one.problem}
+            for one in found
+        ]
+        session.say_json({**data, "silent": silent, "ways_out": [way_out] if way_out else []})
         return status
     whose = f"{target} {name}{'' if which.address is None else f' from {which}'}"
     if ended:
-        session.say_done(f"Cut {ended} of {whose}. {after.text}\n")
+        session.say_done(f"Cut {ended} of {whose}. {after}\n")
     elif not problems:
         shows = f"'qvm-forward status {target} --clients' shows who is"
         session.warn(f"nobody is connected to {whose}; {shows}")
@@ -110,27 +114,18 @@ def _why_closed(snapshot: Snapshot, forward: Forward | None, target: QubeName, n
     return f"{target} {escaped(name)} is {state}, and nothing of it drains; there is nothing to cut"
 
 
-def _as_json(one: Cut) -> dict[str, Any]:
-    return {"qube": one.exposed, "proto": one.key.proto, "cut": one.ended, "problem": one.problem}
-
-
 def _ended(found: Sequence[Cut]) -> str:
     """How many connections and flows ended; empty if none did."""
     numbers = {proto: sum(one.ended for one in found if one.key.proto is proto) for proto in Proto.BOTH.each}
     return " and ".join(carried.live(proto, number) for proto, number in numbers.items() if number)
 
 
-class _After(NamedTuple):
-    """What may happen next, and the command that prevents it."""
-
-    text: str
-    way_out: tuple[str, ...] = ()
-
-
-def _after(forward: Forward | None, which: WhichClients) -> _After:
-    """Whether clients may connect again. One whom nothing but its own address lets in can be taken out."""
+def _after(forward: Forward | None, which: WhichClients) -> tuple[str, tuple[str, ...]]:
+    """Whether clients may connect again, and the command that prevents it. One whom nothing but its own
+    address lets in can be taken out.
+    """
     if forward is None or not forward.is_live:
-        return _After("Its forward is closed, so nobody can connect again.")
+        return "Its forward is closed, so nobody can connect again.", ()
     (target, name, rule), who, does = forward.named, "Who is let in", "closes it"
     way_out: tuple[str, ...] = ("qvm-forward", "disable", target, name)
     if which.address is not None:
@@ -141,4 +136,4 @@ def _after(forward: Forward | None, which: WhichClients) -> _After:
             does, way_out = "changes that", ("qvm-forward", "set", target, name, "srchosts=NETWORKS")
         elif str(rule.sources) != str(alone):
             does, way_out = "keeps it out", ("qvm-forward", "set", target, name, f"srchosts-={alone}")
-    return _After(f"{who} may connect again; '{' '.join(way_out)}' {does}.", way_out)
+    return f"{who} may connect again; '{' '.join(way_out)}' {does}.", way_out

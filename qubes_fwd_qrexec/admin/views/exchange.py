@@ -105,7 +105,7 @@ def _done(found: Imported, after: changes.After) -> Iterator[str]:
         yield f"{_names([key])} is removed{changes.closed(after, key)}."
     for forward in forwards:
         yield f"{forward.named}: {forward.state}. {reasons.sentence(forward)}"
-        for note in (*reasons.notes(forward), *changes.news(after, forward)):
+        for note in (*reasons.notes(forward), *after.news[forward.named[:2]]):
             yield f"{forward.named}: note: {escaped(note)}"
 
 

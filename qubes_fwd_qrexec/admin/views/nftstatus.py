@@ -218,17 +218,13 @@ def nft_status(
         for report in answer.forwards:
             if (qube, report.key) in wanted:
                 continue
+            is_told = f"{CONFIG_PREFIX}{report.key}" in inventory.qubes[qube].features
             if report.draining:
                 draining.setdefault(report.key, _draining(qube, report.key, everything, now))
-            elif report.digest is not None and not _is_told(inventory, qube, report.key):
+            elif report.digest is not None and not is_told:  # else applying takes it away
                 leftovers.append(Unconfirmed(qube, report.key, Lack.STILL_IN_FORCE, is_opening=False))
     rows = tuple(NftRow(f, hops(f, answers)) for f in planned.live if f.mode is Mode.NFT)
     return NftStatus(rows, tuple(leftovers), tuple(draining.values()), problems, silent)
-
-
-def _is_told(inventory: Inventory, qube: QubeName, key: str) -> bool:
-    """Whether dom0 tells a qube of it, so that applying takes it away."""
-    return f"{CONFIG_PREFIX}{key}" in inventory.qubes[qube].features
 
 
 def _draining(qube: QubeName, key: str, everything: Plan, now: float) -> GoesOn:

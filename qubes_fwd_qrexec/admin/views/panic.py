@@ -2,8 +2,9 @@
 """The commands panic and resume."""
 
 from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from qubes_fwd_qrexec.admin import hold
 from qubes_fwd_qrexec.admin.apply import Applied, Outcome, due
@@ -19,71 +20,34 @@ from .session import Session
 from .tables import counted, escaped
 
 
-class _Seen(NamedTuple):
-    """A hold, and what goes on in spite of it: calls that dom0's policy allows, and connections."""
-
-    held: Held
-    allowed: tuple[str, ...]
-    goes_on: tuple[GoesOn, ...] = ()
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether nothing is open any more, and nothing opens."""
-        held = self.held
-        is_done = held.is_held and not held.problems and all(ended.problem is None for ended in held.ended)
-        return is_done and not (held.doubts or self.allowed or self.goes_on)
-
-
 def panic(args: Namespace, session: Session) -> int:
     """Close everything and hold it; status 0 only if all of it is closed."""
     held = hold.hold(session.backend, session.now)
-    seen = _Seen(held, _allowed(held))
+    allowed = [f"policy: {' '.join(line.split())}" for line in held.allowed]
+    goes_on: tuple[GoesOn, ...] = ()
     if held.applied is not None:
         session.warn_unread(held.applied.snapshot)
-        seen = _looked(held, held.applied.snapshot, session)
+        others, goes_on = _in_spite(held, held.applied.snapshot, session)
+        allowed += others
+    undone = [*held.problems, *steps.untold(held.ended)]
+    is_closed = held.is_held and not (undone or held.doubts or allowed or goes_on)
     if session.is_json:
-        session.say_json(_as_json(seen))
-    else:
-        _say(seen, session)
-    return 0 if seen.is_closed else 1
-
-
-def _looked(held: Held, snapshot: Snapshot, session: Session) -> _Seen:
-    """What goes on, as dom0's whole policy and the listeners say."""
-    live = snapshot.plan(session.now, is_held=False)
-    allowed: list[Key] = []
-    # Our file holds everything, so another file allows these. That no file can be read has been said.
-    with suppress(ForwardError, OSError):
-        allowed = judged.allowed(live.live, session.backend) if held.is_held else []
-    others = (
-        f"policy: another file than {NAME}.policy allows calls of {target} {name}" for target, name in allowed
-    )
-    heard = ask_after(live, Plan(()), (), snapshot.inventory, session.backend, is_everything=True)
-    return _Seen(held, (*_allowed(held), *others), heard.goes_on)
-
-
-def _allowed(held: Held) -> tuple[str, ...]:
-    return tuple(f"policy: {' '.join(line.split())}" for line in held.allowed)
-
-
-def _as_json(seen: _Seen) -> dict[str, Any]:
-    held = seen.held
-    return {
-        "is_closed": seen.is_closed,
-        "is_held": held.is_held,
-        "steps": [steps.as_json(step) for step in held.applied.outcome.done] if held.applied else [],
-        "ended": [ended._asdict() for ended in held.ended],
-        "not_done": [*held.problems, *steps.untold(held.ended)],
-        "notes": list(held.notes),
-        "open_still": list(seen.allowed),
-        "unconfirmed": [doubt._asdict() for doubt in held.doubts],
-        "goes_on": [left._asdict() for left in seen.goes_on],
-    }
-
-
-def _say(seen: _Seen, session: Session) -> None:
-    held = seen.held
-    if seen.is_closed:
+        done = [] if held.applied is None else held.applied.outcome.done
+        session.say_json(
+            {
+                "is_closed": is_closed,
+                "is_held": held.is_held,
+                "steps": [steps.as_json(step) for step in done],
+                "ended": [ended._asdict() for ended in held.ended],
+                "not_done": undone,
+                "notes": list(held.notes),
+                "open_still": allowed,
+                "unconfirmed": [doubt._asdict() for doubt in held.doubts],
+                "goes_on": [left._asdict() for left in goes_on],
+            }
+        )
+        return 0 if is_closed else 1
+    if is_closed:
         session.say("Everything is closed and held: dom0 allows no forward, and no qube is told to listen.\n")
     else:
         session.say("NOT EVERYTHING IS CLOSED.\n")
@@ -95,21 +59,37 @@ def _say(seen: _Seen, session: Session) -> None:
             "The rules are kept as they are. 'qvm-forward resume' opens again what they ask for; with "
             "--dry-run it shows what that would be.\n"
         )
-    for note in held.notes:
-        session.warn(f"note: {note}")
-    for problem in (*held.problems, *steps.untold(held.ended)):
-        session.warn(f"not done: {problem}")
-    for what in (*seen.allowed, *seen.goes_on):
-        session.warn(f"still open: {what}")
-    for doubt in held.doubts:
-        session.warn(f"still open: {confirmed.words(doubt)}")
+    for line in _warnings(held, undone, (*allowed, *map(str, goes_on))):
+        session.warn(line)
+    if targets := sorted({left.target for left in goes_on if left.target is not None}):
+        session.warn(f"'qvm-shutdown {' '.join(targets)}' ends these connections at once")
+    if not is_closed:
+        session.warn("mend that, and say 'qvm-forward panic' again")
+    return 0 if is_closed else 1
+
+
+def _in_spite(held: Held, snapshot: Snapshot, session: Session) -> tuple[list[str], tuple[GoesOn, ...]]:
+    """What dom0's whole policy allows in spite of a hold, and what goes on, as the listeners say."""
+    live = snapshot.plan(session.now, is_held=False)
+    allowed: list[Key] = []
+    # Our file holds everything, so another file allows these. That no file can be read has been said.
+    with suppress(ForwardError, OSError):
+        allowed = judged.allowed(live.live, session.backend) if held.is_held else []
+    others = [
+        f"policy: another file than {NAME}.policy allows calls of {target} {name}" for target, name in allowed
+    ]
+    heard = ask_after(live, Plan(()), (), snapshot.inventory, session.backend, is_everything=True)
+    return others, heard.goes_on
+
+
+def _warnings(held: Held, undone: Iterable[str], still_open: Iterable[str]) -> Iterator[str]:
+    yield from (f"note: {note}" for note in held.notes)
+    yield from (f"not done: {problem}" for problem in undone)
+    yield from (f"still open: {what}" for what in still_open)
+    yield from (f"still open: {confirmed.words(doubt)}" for doubt in held.doubts)
     told = held.applied.outcome.told if held.applied else {}
     for command in confirmed.ways_out(confirmed.silent(held.doubts, told)):
-        session.warn(f"'{command}' closes it whatever the qubes of its path do")
-    if targets := sorted({left.target for left in seen.goes_on if left.target is not None}):
-        session.warn(f"'qvm-shutdown {' '.join(targets)}' ends these connections at once")
-    if not seen.is_closed:
-        session.warn("mend that, and say 'qvm-forward panic' again")
+        yield f"'{command}' closes it whatever the qubes of its path do"
 
 
 def resume(args: Namespace, session: Session) -> int:

@@ -28,12 +28,11 @@ from qubes_fwd_qrexec.common.rules import Mode, Transport
 from qubes_fwd_qrexec.common.values import Proto, QubeName
 from qubes_fwd_qrexec.system.ending import Ending
 
-from . import connected, drains, nftstatus, reasons, steps, travel
+from . import carried, connected, drains, nftstatus, reasons, steps, travel
 from .connected import Connected
 from .judged import judged_apart
 from .listeners import Answer, GoesOn, Has, Uptake, ask_all, flows, listening, uptakes
 from .nftstatus import NftStatus
-from .refused import in_words
 from .render import exposed_at, forward_as_json
 from .session import Session
 from .showing import selected
@@ -378,12 +377,12 @@ def about(row: Row) -> Iterator[str]:
         yield f"{name} is {State.WAITING}: {row.problem}."
     if report is None:
         return
-    if refused := in_words(report.refused):
+    if refused := carried.refused(report.refused):
         yield f"{whose}: refused: {refused}."
     if report.datagrams_sent or report.datagrams_received:
         sent, received = report.datagrams_sent, report.datagrams_received
         yield f"{whose}: {counted(sent, 'datagram')} from clients, {received} to clients."
-    if dropped := in_words(report.dropped):
+    if dropped := carried.refused(report.dropped):
         yield f"{whose}: datagrams dropped: {dropped}."
     if report.last_error is not None:
         at = "" if report.last_error_at is None else f" at {local(report.last_error_at)}"

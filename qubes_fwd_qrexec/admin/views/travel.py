@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Words for how a forward's traffic travels, why it does, and what that means."""
 
+from collections import Counter
+from collections.abc import Mapping
+
 from qubes_fwd_qrexec.admin.deciding import Decision
-from qubes_fwd_qrexec.admin.states import Cause, Forward
+from qubes_fwd_qrexec.admin.states import Cause, Forward, Plan
+from qubes_fwd_qrexec.common.config import CALLS_MAX, ListenerConfig
 from qubes_fwd_qrexec.common.rules import Mode, Proxy, Transport
-from qubes_fwd_qrexec.common.values import Proto
+from qubes_fwd_qrexec.common.values import Proto, QubeName
 
 from .reasons import filled, sentence
 
@@ -82,3 +86,33 @@ def transport_reason(forward: Forward, proto: Proto = Proto.TCP) -> str:
     elif stock is not None:
         return sentence(forward, stock)
     return f"{forward.named.target} offers our service" if asked is Transport.AUTO else "the rule says so"
+
+
+def room(forward: Forward, needed: Mapping[QubeName, int], before: Mapping[QubeName, int]) -> str | None:
+    """What to mind of a live forward whose qube needs more calls than it makes, and more than before; see
+    `calls_needed`.
+    """
+    if not forward.is_live or forward.exposed is None:
+        return None
+    calls = needed.get(forward.exposed, 0)
+    if calls <= CALLS_MAX or calls <= before.get(forward.exposed, 0):
+        return None
+    return (
+        f"the forwards of {forward.exposed} need {calls} qrexec calls, and it makes {CALLS_MAX} at once: "
+        "idle forwards give theirs up, and while all are in use, further connections wait"
+    )
+
+
+def calls_needed(plan: Plan) -> Mapping[QubeName, int]:
+    """How many calls each exposed qube needs if all of its forwards are in use.
+
+    Mux calls of one protocol to the same ports of a target are one call; a rule with single calls needs at
+    least one.
+    """
+    calls = {
+        (exposed, c.target, c.service, c.target_ports, c.name if c.transport is Transport.CALL else None)
+        for forward in plan.live
+        for exposed, c in forward.configs
+        if isinstance(c, ListenerConfig)
+    }
+    return Counter(exposed for exposed, *_ in calls)

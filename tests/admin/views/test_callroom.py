@@ -5,7 +5,7 @@ from worlds import NOW, rule, world
 
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Plan
-from qubes_fwd_qrexec.admin.views.callroom import calls_needed, note
+from qubes_fwd_qrexec.admin.views.travel import calls_needed, room
 from qubes_fwd_qrexec.common.config import CALLS_MAX
 from qubes_fwd_qrexec.common.rules import NamedRule
 
@@ -28,7 +28,7 @@ def said(rules: list[NamedRule], before: list[NamedRule] | None = None) -> str |
     """What is said of the last rule."""
     after = planned(rules)
     old = planned(rules[:-1] if before is None else before)
-    return note(list(after)[-1], calls_needed(after), calls_needed(old))
+    return room(list(after)[-1], calls_needed(after), calls_needed(old))
 
 
 def test_as_many_mux_calls_as_there_are_calls_fit_and_one_more_is_said() -> None:

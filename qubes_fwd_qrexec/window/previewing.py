@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What would become of a rule that is not stored, and what a change is refused for; nothing is changed."""
+"""What would become of a rule that is not stored; nothing is changed."""
 
 from typing import NamedTuple
 
+from qubes_fwd_qrexec.admin.changing import new_problem
+from qubes_fwd_qrexec.admin.deciding import Decision, decided
+from qubes_fwd_qrexec.admin.snapshot import Snapshot
+from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, Plan
 from qubes_fwd_qrexec.common.rules import NamedRule
-
-from .deciding import Decision, decided
-from .snapshot import Snapshot
-from .states import Cause, Finding, Forward, Plan, State
 
 
 class Preview(NamedTuple):
@@ -41,24 +41,3 @@ def preview(snapshot: Snapshot, now: float, named: NamedRule, known: Plan | None
     if snapshot.is_held:
         forward = forward.with_finding(Finding(Cause.HELD))
     return Preview(forward, problem, decision)
-
-
-def new_problem(old: Forward | None, new: Forward, *, ports_alone: bool = False) -> Finding | None:
-    """What would newly keep a rule closed; or, if it was and stays disabled, once it is enabled."""
-    if old is not None and old.named.rule.enabled is not new.named.rule.enabled:
-        if old.named.rule.enabled:
-            return None  # what closes is never refused
-        old = None
-    stop = _stop(new)
-    if not ports_alone and stop is not None and stop.cause.state is State.REFUSED:
-        before = None if old is None else _stop(old)
-        if before is None or (before.cause, old and old.exposed) != (stop.cause, new.exposed):
-            return stop
-    conflict = new.finding(Cause.CONFLICT)
-    return None if old is not None and conflict == old.finding(Cause.CONFLICT) else conflict
-
-
-def _stop(forward: Forward) -> Finding | None:
-    """What keeps it closed, or would if it was enabled."""
-    stops = (stop for stop in forward.stops if stop.cause not in (Cause.DISABLED, Cause.CONFLICT))
-    return next(stops, None)

@@ -10,13 +10,13 @@ from qubes_fwd_qrexec.admin import changing
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.changing import System
 from qubes_fwd_qrexec.admin.hold import hold
-from qubes_fwd_qrexec.admin.previewing import preview
 from qubes_fwd_qrexec.admin.snapshot import NewLines, Snapshot, look, read_rules
 from qubes_fwd_qrexec.admin.states import Cause, NotOpenError, State
 from qubes_fwd_qrexec.common.options import split
 from qubes_fwd_qrexec.common.rules import ForwardRule, Mode, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.window.previewing import preview
 
 WORK, VAULT, WEB = QubeName("work"), QubeName("vault"), RuleName("web")
 RULE = ForwardRule.parse("action=forward srcports=80 srchosts=any")
