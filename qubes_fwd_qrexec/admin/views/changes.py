@@ -109,7 +109,6 @@ def _perhaps_draining(changed: Changed, now: float) -> dict[Place, str | None]:
 
 
 def add(args: Namespace, session: Session) -> int:
-    """Make a forward and open it."""
     rule, name = given.new_rule(args, session.now), None
     try:
         name = None if args.name is None else parse_new_name(args.name)
@@ -119,7 +118,6 @@ def add(args: Namespace, session: Session) -> int:
 
 
 def set_options(args: Namespace, session: Session) -> int:
-    """Change options by their names."""
     name, options = given.changes(args, session.now)
     if not options:
         raise UsageError("nothing to change: say what, such as expire=8h, or --expire 8h")

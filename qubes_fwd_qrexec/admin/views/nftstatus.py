@@ -6,7 +6,6 @@ All of it is what the qubes say; nothing is decided by it.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import confirming
@@ -141,11 +140,11 @@ class NftStatus(NamedTuple):
     ``silent`` are the qubes that gave no answer.
     """
 
-    rows: tuple[NftRow, ...] = ()
-    leftovers: tuple[Unconfirmed, ...] = ()
-    draining: tuple[GoesOn, ...] = ()
-    problems: Mapping[QubeName, str] = MappingProxyType({})
-    silent: Mapping[QubeName, str] = MappingProxyType({})
+    rows: tuple[NftRow, ...]
+    leftovers: tuple[Unconfirmed, ...]
+    draining: tuple[GoesOn, ...]
+    problems: Mapping[QubeName, str]
+    silent: Mapping[QubeName, str]
 
     @property
     def is_well(self) -> bool:
@@ -155,7 +154,6 @@ class NftStatus(NamedTuple):
         )
 
     def table(self, style: Style) -> str:
-        """The forwards as a table; empty if there are none."""
         rows, states = [*map(_cells, self.rows)], [row.state for row in self.rows]
         return Table(_TITLES, rows, states, {}, _LEAVING, ("EXPOSED AT",)).text(style)
 

@@ -34,7 +34,6 @@ class Session(NamedTuple):
             self.say(text)
 
     def say(self, text: str) -> None:
-        """Print on stdout, the same way."""
         self.out.write(text)
 
     def say_json(self, data: Mapping[str, Any], *, is_line: bool = False) -> None:

@@ -20,7 +20,6 @@ from .tables import checks, escaped
 
 
 def list_rules(args: Namespace, session: Session) -> int:
-    """All forwards as a table."""
     snapshot = session.look()
     planned = selected(args.qube, snapshot, session.now)
     verdicts = judged(planned.live, session.backend, snapshot.installed)
@@ -48,7 +47,6 @@ def list_rules(args: Namespace, session: Session) -> int:
 
 
 def explain(args: Namespace, session: Session) -> int:
-    """What becomes of each forward, and why."""
     planned = selected(args.qube, session.look(), session.now)
     if session.is_json:
         session.say_json(plan_as_json(planned))
@@ -121,7 +119,6 @@ def show(args: Namespace, session: Session) -> int:
 
 
 def print_policy(args: Namespace, session: Session) -> int:
-    """The policy that the rules ask for."""
     snapshot = session.look()
     installed = snapshot.installed.text
     text = policy.text(snapshot.plan(session.now))

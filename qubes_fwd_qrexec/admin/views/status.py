@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.admin import confirming
 from qubes_fwd_qrexec.admin.answers import both
 from qubes_fwd_qrexec.admin.apply import Kind, Step, differences
 from qubes_fwd_qrexec.admin.backend import Backend, PolicyVerdict
-from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
+from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State, Verdict
 from qubes_fwd_qrexec.common.clientreport import CLIENTS
@@ -113,8 +113,8 @@ class Status(NamedTuple):
     goes_on: tuple[GoesOn, ...]
     silent: tuple[QubeName, ...]
     due: tuple[Step, ...]
-    by_nft: NftStatus = NftStatus()
-    clients: Connected | None = None
+    by_nft: NftStatus
+    clients: Connected | None
 
     @property
     def is_well(self) -> bool:
@@ -139,38 +139,6 @@ class Status(NamedTuple):
             "due": [steps.as_json(step) for step in self.due],
             **({} if self.clients is None else self.clients.as_json()),
         }
-
-
-def to_ask(planned: Plan, inventory: Inventory, qubes: Collection[str]) -> list[QubeName]:
-    """The running qubes whose answers `status_of` wants for a part of the plan."""
-    found: set[QubeName | None] = {*drains.concerned(listening(inventory), planned, qubes)}
-    found |= {forward.exposed for forward in planned.live if forward.mode is Mode.QREXEC}
-    configs = (config for forward in planned.live for config in forward.listener_configs)
-    found |= {config.target for config in configs if config.transport is Transport.MUX}
-    return sorted(qube for qube in found if qube is not None and inventory.qubes[qube].is_running)
-
-
-def status_of(
-    snapshot: Snapshot,
-    planned: Plan,
-    now: float,
-    verdicts: Mapping[ForwardKey, PolicyVerdict],
-    answers: Mapping[QubeName, Answer],
-    qubes: Collection[str] = (),
-) -> Status:
-    """How a system is; ``planned`` is the part of its plan that concerns ``qubes``, all of it without any."""
-    over_qrexec = (forward for forward in planned.live if forward.mode is Mode.QREXEC)
-    rows = tuple(row for forward in over_qrexec for row in _rows(forward, verdicts, answers))
-    everything = snapshot.plan(now, known=planned) if qubes else planned
-    due = differences(everything, snapshot.inventory, snapshot.installed)
-    goes_on: list[GoesOn] = []
-    silent = []
-    for qube in drains.concerned(listening(snapshot.inventory), planned, qubes):
-        found = flows(qube, answers[qube], everything)
-        goes_on += found or ()
-        if found is None and all(row.forward.exposed != qube for row in rows):
-            silent.append(qube)  # of others the figures are unknown, and that is said already
-    return Status(planned, rows, tuple(goes_on), tuple(silent), tuple(due))
 
 
 def _rows(
@@ -263,25 +231,36 @@ def asked(
     with_clients: bool = False,
     verdicts: Mapping[ForwardKey, PolicyVerdict] | None = None,
 ) -> Status:
-    """How a system is, as its qubes say that are asked at once; see `status_of`. ``verdicts`` are those of
-    dom0's policy, if they are known already.
+    """How a system is, as its qubes say, which are asked at once. ``planned`` is the part of its plan that
+    concerns ``qubes``, all of it without any; ``verdicts`` are those of dom0's policy, if they are known.
     """
     if verdicts is None:
         verdicts = judged_apart(planned.live, backend, snapshot.installed)
     everything, inventory = snapshot.plan(now, known=planned) if qubes else planned, snapshot.inventory
-    argument = CLIENTS if with_clients else ""
+    over_qrexec = [forward for forward in planned.live if forward.mode is Mode.QREXEC]
+    may_listen = drains.concerned(listening(inventory), planned, qubes)
+    configs = (config for forward in over_qrexec for config in forward.listener_configs)
+    wanted = {*may_listen, *(config.target for config in configs if config.transport is Transport.MUX)}
+    wanted |= {forward.exposed for forward in over_qrexec if forward.exposed is not None}
+    running = sorted(qube for qube in wanted if inventory.qubes[qube].is_running)
     answers, told = both(
-        partial(ask_all, backend, to_ask(planned, inventory, qubes), argument=argument),
+        partial(ask_all, backend, running, argument=CLIENTS if with_clients else ""),
         partial(confirming.ask_all, backend, nftstatus.to_ask(planned, inventory, qubes)),
     )
-    found = status_of(snapshot, planned, now, verdicts, answers, qubes)
-    clients = connected.connected(planned, qubes, answers) if with_clients else None
+    rows = tuple(row for forward in over_qrexec for row in _rows(forward, verdicts, answers))
+    goes_on, silent = list[GoesOn](), list[QubeName]()
+    for qube in may_listen:
+        found = flows(qube, answers[qube], everything)
+        goes_on += found or ()
+        if found is None and all(row.forward.exposed != qube for row in rows):
+            silent.append(qube)  # of others the figures are unknown, and that is said already
+    due = differences(everything, inventory, snapshot.installed)
     by_nft = nftstatus.nft_status(planned, everything, inventory, told, now)
-    return found._replace(by_nft=by_nft, clients=clients)
+    clients = connected.connected(planned, qubes, answers) if with_clients else None
+    return Status(planned, rows, tuple(goes_on), tuple(silent), due, by_nft, clients)
 
 
 def text(found: Status, style: Style) -> str:
-    """The status for people."""
     heads = [style.state(Verdict.STOPS, head) for head in left(found.due, found)]
     rows, states = [*map(_cells, found.rows)], [row.state for row in found.rows]
     tables = [

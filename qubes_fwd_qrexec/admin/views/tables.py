@@ -50,7 +50,6 @@ class Style(NamedTuple):
     has_colour: bool = False
 
     def state(self, state: str, text: str) -> str:
-        """The text in the colour of a state or verdict."""
         return f"\x1b[{_COLOURS[state]}m{text}\x1b[0m" if self.has_colour else text
 
 

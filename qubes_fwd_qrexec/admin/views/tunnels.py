@@ -17,7 +17,6 @@ from .session import Session
 
 
 def tunnel(args: Namespace, session: Session) -> int:
-    """Mark, unmark, or list."""
     if args.action == "list":
         if args.qube is not None:
             raise UsageError(f"list shows all tunnel qubes; leave {args.qube} out")

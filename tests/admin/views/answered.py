@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the command status makes of it when qubes answer this."""
 
+from typing import Any
+
+from answering import LACKS
 from worlds import NOW
 
 from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.snapshot import look as read_system
-from qubes_fwd_qrexec.admin.views.judged import judged_apart
-from qubes_fwd_qrexec.admin.views.status import (
-    Row,
-    Status,
-    status_of,
-    text,
-    to_ask,
-)
+from qubes_fwd_qrexec.admin.views.status import Row, Status, asked, text
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.report import (
     FirewallReport,
@@ -22,22 +18,43 @@ from qubes_fwd_qrexec.common.report import (
     Problem,
     QubeReport,
     Way,
+    dump,
 )
 from qubes_fwd_qrexec.common.rules import Transport
+from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 NOTHING = QubeReport(program="1", listener=ListenerReport(since=1, forwards=()))
 
 
+class Saying:
+    """A system whose qubes say this of themselves, and the others that they have no listener. ``asked`` are
+    those that were asked.
+    """
+
+    def __init__(self, store: Backend, says: dict[str, QubeReport | AnswerError]) -> None:
+        self._store = store
+        self._says = says
+        self.asked: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def ask(self, qube: QubeName, service: str, *_: object) -> bytes:
+        if not service.startswith(STATUS_SERVICE):
+            raise LACKS
+        self.asked.add(qube)
+        answer = self._says.get(qube, QubeReport(program="1"))
+        if isinstance(answer, AnswerError):
+            raise answer
+        return dump(answer.as_json())
+
+
 def look(store: Backend, **answers: QubeReport | AnswerError) -> Status:
     """The status of a system whose other qubes answer that they have no listener."""
     snapshot = read_system(store, with_config=True)
-    planned = snapshot.plan(NOW)
-    asked: dict[QubeName, QubeReport | AnswerError] = dict.fromkeys(
-        to_ask(planned, snapshot.inventory, ()), QubeReport(program="1")
-    )
-    asked |= {QubeName(name.replace("_", "-")): answer for name, answer in answers.items()}
-    return status_of(snapshot, planned, NOW, judged_apart(planned.live, store, snapshot.installed), asked)
+    says = {name.replace("_", "-"): answer for name, answer in answers.items()}
+    return asked(snapshot, snapshot.plan(NOW), NOW, Saying(store, says))
 
 
 def row(store: Backend, **answers: QubeReport | AnswerError) -> Row:

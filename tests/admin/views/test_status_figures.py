@@ -5,17 +5,14 @@ import time
 from dataclasses import replace
 
 import pytest
-from answered import REPORT, listening, look, row, shown
+from answered import REPORT, Saying, listening, look, row, shown
 from faulty import Faulty
 from worlds import ADD, NOW, Command
 
 from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.snapshot import look as read_system
-from qubes_fwd_qrexec.admin.views.status import (
-    size,
-    to_ask,
-)
+from qubes_fwd_qrexec.admin.views.status import asked, size
 from qubes_fwd_qrexec.common.report import (
     CallsReport,
     Problem,
@@ -52,10 +49,10 @@ def test_the_mux_calls_that_the_target_has_are_those_of_the_forward(forward: Com
 def test_a_target_without_our_service_is_not_asked(forward: Command, store: Backend) -> None:
     forward(*ADD)
     forward("add", "personal", "81", "--from", "any")
-    snapshot = read_system(store)
-    asked = to_ask(snapshot.plan(NOW), snapshot.inventory, ())
-    assert "work" in asked
-    assert "personal" not in asked
+    snapshot, system = read_system(store), Saying(store, {})
+    asked(snapshot, snapshot.plan(NOW), NOW, system)
+    assert "work" in system.asked
+    assert "personal" not in system.asked
 
 
 def test_refusals_and_the_last_error_are_said(forward: Command, store: Backend) -> None:

@@ -4,12 +4,12 @@
 from dataclasses import replace
 from typing import Any
 
-from answered import REPORT, listening, look, shown
+from answered import REPORT, Saying, listening, look, shown
 from worlds import ADD, NOW, Command
 
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.snapshot import look as read_system
-from qubes_fwd_qrexec.admin.views.status import Status, to_ask
+from qubes_fwd_qrexec.admin.views.status import Status, asked
 from qubes_fwd_qrexec.common.report import CallsReport, Problem, QubeReport
 from qubes_fwd_qrexec.common.values import Proto, QubeName, TargetPorts
 from qubes_fwd_qrexec.lab.directory import LabDirectory
@@ -85,8 +85,9 @@ def test_single_calls_are_those_of_tcp_alone(forward: Command, store: Backend) -
 
 def test_the_target_is_asked_for_the_calls_of_udp(forward: Command, store: Backend) -> None:
     forward(*ADD_BOTH, "--transport", "call")
-    snapshot = read_system(store, with_config=True)
-    assert to_ask(snapshot.plan(NOW), snapshot.inventory, ["sys-net"]) == ["sys-net", "work"]
+    snapshot, system = read_system(store, with_config=True), Saying(store, {})
+    asked(snapshot, snapshot.plan(NOW), NOW, system, ["sys-net"])
+    assert system.asked == {"sys-net", "work"}
 
 
 def test_a_verdict_is_about_one_protocol(forward: Command, store: Backend, lab: LabDirectory) -> None:
