@@ -22,7 +22,7 @@ from typing import Protocol, cast
 from qubes_fwd_qrexec.common.entries import VALUE_MAX
 from qubes_fwd_qrexec.common.errors import ConfigError
 
-from .configsource import ENTRIES_MAX, Configuration, parse_entries
+from .configsource import ENTRIES_MAX, Configuration, is_ours, parse_entries
 
 _logger = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ _logger = logging.getLogger(__name__)
 _DIRECTORY = "/vm-config/"
 # The qube's own name (qubes-core-admin qubes/vm/qubesvm.py, create_qdb_entries).
 _NAME = "/name"
-_PREFIXES = (f"{_DIRECTORY}fwd.", f"{_DIRECTORY}nft.")
 # A daemon that restarts is back in well under a second; one that stays away costs a try every 10 s.
 BACKOFF_S = (0.1, 10.0)
 # How long the first answer may take. The daemon answers once it has the whole database from dom0.
@@ -180,12 +179,10 @@ class QubesDBSource:
     def _read_all(self) -> dict[str, str | ConfigError] | ConfigError:
         # Not with multiread, which never frees the values that it returns (python/qubesdb.c of 4.3).
         with closing(self._module.QubesDB()) as reading:
-            paths: list[str] = []
-            for prefix in _PREFIXES:
-                listed = reading.list(prefix)
-                if listed is None:
-                    return ConfigError("QubesDB: its list of entries cannot be read")
-                paths += listed
+            listed = reading.list(_DIRECTORY)
+            if listed is None:
+                return ConfigError("QubesDB: its list of entries cannot be read")
+            paths = [path for path in listed if is_ours(path.removeprefix(_DIRECTORY))]
             if len(paths) > ENTRIES_MAX:
                 return ConfigError(f"QubesDB: {len(paths)} entries; at most {ENTRIES_MAX} are read")
             values = {path: reading.read(path) for path in sorted(paths)}

@@ -19,7 +19,9 @@ LINE = (
     b"listen=0.0.0.0 srcports=80-80 dstports=8080-8080 "
     b"srchosts=10.0.0.0/8"
 )
-WEB, SSH = "fwd.work.web", "fwd.work.ssh"
+TARGET = b"version=1 role=target side=uplink proto=tcp srcports=80-80 dstports=80-80 srchosts=10.0.0.0/8"
+HOP = TARGET.replace(b"role=target", b"role=hop") + b" to4=10.137.0.9"
+WEB, SSH, DNS = "fwd.work.web", "fwd.work.ssh", "udp.work.dns"
 AT_ONCE = (0.0, 0.001)
 
 
@@ -53,9 +55,7 @@ def nothing_left(qubesdb: FakeQubesDB) -> Iterator[None]:
 @pytest.mark.parametrize("name", [b"work", b"disp1234", b"work-clone", None])
 def test_a_target_s_entry_is_for_the_qube_of_that_name_alone(name: bytes | None) -> None:
     """A clone and a disposable have it as well, until dom0 takes it away."""
-    entry = b"version=1 role=target side=uplink proto=tcp srcports=80-80 dstports=80-80 srchosts=10.0.0.0/8"
-    hop = entry.replace(b"role=target", b"role=hop") + b" to4=10.137.0.9"
-    qubesdb = FakeQubesDB({"nft.work.web": entry, "nft.vault.web": hop})
+    qubesdb = FakeQubesDB({"nft.work.web": TARGET, "nft.vault.web": HOP})
     if name is not None:
         qubesdb.entries["/name"] = name
     with opened(qubesdb) as source:
@@ -64,6 +64,19 @@ def test_a_target_s_entry_is_for_the_qube_of_that_name_alone(name: bytes | None)
     for key, error in found.path_errors.items():
         assert str(error) == f"{key}: it is for work, and this qube is {(name or b'').decode()!a}"
     assert len(found.paths) + len(found.path_errors) == 2
+
+
+async def test_every_kind_of_entry_that_dom0_writes_is_read(qubesdb: FakeQubesDB) -> None:
+    """A forward of UDP has a key of its own kind, and so has the firewall's part of one by nft."""
+    with opened(qubesdb) as source:
+        qubesdb.set(DNS, LINE.replace(b"ForwardTCP transport=call", b"ForwardUDP transport=mux"))
+        qubesdb.set("nft.work.game", HOP)
+        await until(lambda: source.read().paths)
+        found = source.read()
+    assert {key: str(config.proto) for key, config in found.forwards.items()} == {WEB: "tcp", DNS: "udp"}
+    assert set(found.paths) == {"nft.work.game"}
+    assert not found.errors
+    assert not found.path_errors
 
 
 async def test_what_is_there_is_read_and_changes_are_noticed(qubesdb: FakeQubesDB) -> None:
