@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .admin import Row
 from .held import Held
 from .record import Record
-from .table import number, ratio
+from .table import markdown, number, ratio
 
 _HELD = 10_000
 _WHITHER = ("upload", "download")
@@ -122,7 +122,4 @@ def render(found: Iterator[Goal]) -> str:
     """A Markdown table."""
     rows = [["goal", "found", ""]]
     rows += [[text, said, _VERDICTS[is_met]] for text, said, is_met in found]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    rows.insert(1, ["-" * width for width in widths])
-    padded = ((text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+    return markdown(rows, left=3)

@@ -21,7 +21,7 @@ from .processes import BenchError
 from .rows import CLIENTS
 from .stage import Stage, open_stage
 from .step import Step
-from .table import number
+from .table import markdown, number
 
 STEPS = (1, 100, 1000, 10_000)
 # A call is one of 30, and up to 16 more are needed to measure beside those that are held.
@@ -91,13 +91,7 @@ def render(found: Sequence[Step]) -> str:
                 f"{number(step.download_mib_s)} MiB/s",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    lines = [
-        "| " + " | ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |")
-    return "\n".join(lines)
+    return markdown(rows)
 
 
 def main(arguments: list[str]) -> int:

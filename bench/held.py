@@ -32,7 +32,7 @@ from .memory import Members, members, pss_kib
 from .peers import free_port
 from .processes import BenchError, Child
 from .processor import used_s
-from .table import number
+from .table import markdown, number
 
 COUNT = 50_000
 STEPS = (10, 100, 1000, 3000, 10_000)
@@ -222,13 +222,7 @@ def render(found: Sequence[Held]) -> str:
                 *(f"{number(percent)} %" for percent in idle),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    lines = [
-        "| " + " | ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |")
-    return "\n".join(lines)
+    return markdown(rows)
 
 
 def main(arguments: list[str]) -> int:

@@ -26,7 +26,7 @@ def render(
     peers: Sequence[type[Named]],
     compared: Sequence[tuple[type[Named], type[Named]]] = COMPARED,
 ) -> str:
-    """A Markdown table that is also readable as it is."""
+    """A column for each peer, and one for each pair that is compared."""
     shown = [(peer, base) for peer, base in compared if peer in peers and base in peers]
     header = [
         "",
@@ -39,21 +39,21 @@ def render(
         rows.append(
             [line.title, *values, *(_times(ratio(line, peer.name, base.name)) for peer, base in shown)]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return "\n".join(
-        "| "
-        + " | ".join(
-            _cell(text, width, is_first=not i)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in rows
-    )
+    return markdown(rows, left=1)
 
 
-def _cell(text: str, width: int, *, is_first: bool) -> str:
-    return text.ljust(width) if is_first else text.rjust(width)
+def markdown(rows: Sequence[Sequence[str]], *, left: int = 0) -> str:
+    """Rows below the first as a Markdown table that is also readable as it is. So many columns from the
+    ``left`` have text, the others numbers.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    line = ["-" * width if at < left else "-" * (width - 1) + ":" for at, width in enumerate(widths)]
+    found = []
+    for row in (rows[0], line, *rows[1:]):
+        texts = zip(row, widths, strict=True)
+        cells = [text.ljust(w) if at < left else text.rjust(w) for at, (text, w) in enumerate(texts)]
+        found.append(f"| {' | '.join(cells)} |")
+    return "\n".join(found)
 
 
 def _value(line: Line, peer: str) -> str:

@@ -39,12 +39,15 @@ examples:
 
 The manual page is qvm-forward-lab(1).
 """
-_DIFFERENCES_SHOWN = 5
 _START = "qvm-forward-lab start"
 # Subcommands that have a module of their own, with add_arguments(parser) and run(arguments) -> int.
 _ELSEWHERE = {
     "demo": ("qubes_fwd_qrexec.lab.demo", "show a forward from end to end in a lab of its own"),
     "window": ("qubes_fwd_qrexec.lab.demo_window", "show the window over a lab of its own"),
+    "verdicts": (
+        "qubes_fwd_qrexec.lab.verdicts_command",
+        "check the policy evaluator against recorded verdicts",
+    ),
     "relay": ("qubes_fwd_qrexec.lab.relay_command", "run one forward on loopback until interrupted"),
 }
 # Those of `qvmtools`.
@@ -154,11 +157,6 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="say what runs")
     status.add_argument("--json", action="store_true", help="as JSON")
     status.set_defaults(action=_status)
-
-    verdicts = commands.add_parser("verdicts", help="check the policy evaluator against recorded verdicts")
-    verdicts.add_argument("file", metavar="FILE", type=Path, help="recorded verdicts of Qubes' policy parser")
-    verdicts.add_argument("--json", action="store_true", help="as JSON")
-    verdicts.set_defaults(action=_verdicts)
 
     knob = commands.add_parser(
         "knob",
@@ -281,36 +279,6 @@ def _status(arguments: argparse.Namespace) -> int:
         runs = ", ".join(sorted(unit.what for unit in units.running(lab, name)))
         print(f"  {name:20} {state}{f': {runs}' if runs else ''}")
     return 0
-
-
-def _verdicts(arguments: argparse.Namespace) -> int:
-    from .verdicts import OwnJudge, play
-
-    comparison = play(arguments.file, OwnJudge())
-    differences = comparison.differences
-    if arguments.json:
-        shown = [
-            {
-                "case": difference.index,
-                "policy": difference.policy,
-                "request": difference.request,
-                "recorded": difference.recorded,
-                "found": difference.found,
-            }
-            for difference in differences
-        ]
-        print(
-            json.dumps(
-                {"agree": comparison.agreed, "differ": len(differences), "differences": shown}, indent=2
-            )
-        )
-    else:
-        print(f"{comparison.agreed} verdicts agree, {len(differences)} differ")
-        for difference in differences[:_DIFFERENCES_SHOWN]:
-            print(f"case {difference.index}: {json.dumps(difference.request)}")
-            print("".join(f"    {line}\n" for line in difference.policy.splitlines()), end="")
-            print(f"  recorded {json.dumps(difference.recorded)}\n  found    {json.dumps(difference.found)}")
-    return 1 if differences else 0
 
 
 def _knob(arguments: argparse.Namespace) -> int:
