@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import trio
+from fakeclient import FakeClient
 from helpers import (
     BOUND_S,
     NEVER_AGAIN,
-    FakeClient,
     accept,
     calls_of,
     can_connect,

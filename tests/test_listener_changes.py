@@ -7,8 +7,8 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
+from fakeclient import FakeClient
 from helpers import (
-    FakeClient,
     accept,
     can_connect,
     connect,

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import trio
+from fakeclient import FakeClient
 from handclock import HandClock
 from helpers import (
     BOUND_S,
-    FakeClient,
     abort_stream,
     accept,
     connect,

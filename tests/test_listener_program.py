@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import trio
+from fakeclient import FakeClient
 from helpers import (
     BOUND_S,
-    FakeClient,
     accept,
     can_connect,
     connect,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 from fake_qubesdb import FakeQubesDB
+from fakeclient import FakeClient
 from helpers import (
     BOUND_S,
-    FakeClient,
     accept,
     can_connect,
     connect,

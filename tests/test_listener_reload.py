@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import trio
+from fakeclient import FakeClient
 from helpers import (
     BOUND_S,
-    FakeClient,
     accept,
     connect,
     echo_once,

@@ -9,14 +9,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import (
-    NEVER_AGAIN,
-    FakeClient,
-    children,
-    running_listener,
-    until,
-    write_config,
-)
+from fakeclient import FakeClient
+from helpers import NEVER_AGAIN, children, running_listener, until, write_config
 from udp_clients import UdpClient, free_udp_port
 from udp_forwards import KEY, forward_of, is_bound, write_udp_config
 

@@ -12,14 +12,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers import (
-    BOUND_S,
-    FakeClient,
-    children,
-    no_fds_left,
-    running_listener,
-    until,
-)
+from fakeclient import FakeClient
+from helpers import BOUND_S, children, no_fds_left, running_listener, until
 from udp_clients import UdpClient, free_udp_port
 from udp_forwards import KEY, forward_of, is_bound, write_udp_config
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers import BOUND_S, FakeClient, running_listener, until
+from fakeclient import FakeClient
+from helpers import BOUND_S, running_listener, until
 from udp_clients import UdpClient, free_udp_port
 from udp_forwards import forward_of, write_udp_config
 

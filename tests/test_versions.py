@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import FakeClient, accept, connect, echo_once, free_port, is_reset, port_of, running_listener
+from fakeclient import FakeClient
+from helpers import accept, connect, echo_once, free_port, is_reset, port_of, running_listener
 from helpers import write_config as configure
 
 from qubes_fwd_qrexec.common import allowance, clientreport, exchange, report, rulexml

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import trio
 from endings import pattern
+from fakeclient import FakeClient
 from handclock import HandClock
-from helpers import BOUND_S, FakeClient, accept_socket, free_port, no_fds_left, nobody, port_of, tcp_pair
+from helpers import BOUND_S, accept_socket, free_port, no_fds_left, nobody, port_of, tcp_pair
 
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.exposed import call

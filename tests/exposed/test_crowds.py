@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import FakeClient, free_port, is_listening, port_of, write_config
+from fakeclient import FakeClient
+from helpers import free_port, is_listening, port_of, write_config
 from processes import Connection, Way, until
 
 CROWD = 5000

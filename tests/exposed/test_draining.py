@@ -5,9 +5,9 @@ import socket
 from pathlib import Path
 
 import pytest
+from fakeclient import FakeClient
 from handclock import HandClock
 from helpers import (
-    FakeClient,
     accept,
     can_connect,
     children,

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 import trio
 from endings import CLIENT_ABORTS, SCRIPTS, Saw, Script, pattern, play, play_directly
+from fakeclient import FakeClient
 from helpers import (
     BOUND_S,
-    FakeClient,
     accept,
     accept_socket,
     calls_of,

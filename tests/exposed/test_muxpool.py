@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 from endings import pattern
+from fakeclient import FakeClient
 from helpers import (
     BOUND_S,
-    FakeClient,
     abort_stream,
     accept,
     children,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers import FakeClient, accept, children, echo_once, is_reset, port_of, until
+from fakeclient import FakeClient
+from helpers import accept, children, echo_once, is_reset, port_of, until
 from muxpool_bench import Clock, end_well, one, pool_to
 
 from qubes_fwd_qrexec.common.allowance import Allowance, Revoked

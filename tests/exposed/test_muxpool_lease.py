@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers import BOUND_S, FakeClient, accept, echo_once, port_of, until
+from fakeclient import FakeClient
+from helpers import BOUND_S, accept, echo_once, port_of, until
 from muxpool_bench import Bench, Clock, end_well, one, pool_to
 
 from qubes_fwd_qrexec.exposed import muxpool as muxpool_module

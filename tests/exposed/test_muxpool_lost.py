@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import trio
+from fakeclient import FakeClient
 from helpers import (
     BOUND_S,
     NEVER_AGAIN,
-    FakeClient,
     accept,
     children,
     echo_once,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers import BOUND_S, FakeClient, no_fds_left
+from fakeclient import FakeClient
+from helpers import BOUND_S, no_fds_left
 
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.exposed.qrexec import open_call, parse_client

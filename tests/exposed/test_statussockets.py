@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import trio
 import trio.lowlevel
+from fakeclient import FakeClient
 from helpers import (
     BOUND_S,
     NEVER_AGAIN,
-    FakeClient,
     accept,
     connect,
     echo_once,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import trio
+from fakeclient import FakeClient
 from helpers import (
     BOUND_S,
-    FakeClient,
     accept,
     children,
     connect,

@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from fakeclient import FakeClient
 from helpers import (
     BOUND_S,
-    FakeClient,
     accept,
     can_connect,
     connect,

@@ -6,7 +6,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import NEVER_AGAIN, FakeClient, running_listener, until
+from fakeclient import FakeClient
+from helpers import NEVER_AGAIN, running_listener, until
 from udp_clients import UdpClient, free_udp_port
 from udp_forwards import forward_of, write_udp_config
 

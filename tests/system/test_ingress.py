@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from helpers import FakeClient, free_port, running_listener, until, write_config
+from fakeclient import FakeClient
+from helpers import free_port, running_listener, until, write_config
 
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.lab import netns

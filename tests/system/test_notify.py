@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers import BOUND_S, FakeClient, free_port, running_listener, write_config
+from fakeclient import FakeClient
+from helpers import BOUND_S, free_port, running_listener, write_config
 
 from qubes_fwd_qrexec.system import notify as notifying
 from qubes_fwd_qrexec.system.notify import notify, reloading
