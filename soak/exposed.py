@@ -16,9 +16,9 @@ from typing import Any
 import trio
 
 from bench.memory import open_files, pss_kib
+from qubes_fwd_qrexec.exposed.listener import Listener
 from qubes_fwd_qrexec.exposed.muxpool import MuxPool
 from qubes_fwd_qrexec.exposed.udpforward import OpenUdpForward
-from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.system.configsource import FileSource
 from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
 from qubes_fwd_qrexec.system.logs import start_logging

@@ -14,7 +14,7 @@ import trio
 
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
-from qubes_fwd_qrexec.listener import Listener
+from qubes_fwd_qrexec.exposed.listener import Listener
 from qubes_fwd_qrexec.relay.loop import Loop
 from qubes_fwd_qrexec.system.configsource import FileSource
 

@@ -27,7 +27,7 @@ from helpers import (
 )
 
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
-from qubes_fwd_qrexec.listener import Listener
+from qubes_fwd_qrexec.exposed.listener import Listener
 from qubes_fwd_qrexec.relay.acceptloop import BindError
 from qubes_fwd_qrexec.relay.thread import RelayThread
 from qubes_fwd_qrexec.system.configsource import FileSource

@@ -27,13 +27,13 @@ from helpers import (
 from udp_clients import UdpClient, free_udp_port
 from udp_forwards import KEY, forward_of, write_udp_config
 
-from qubes_fwd_qrexec import listener as listener_module
 from qubes_fwd_qrexec.common.clientreport import ClientReport, CutReport, WhichClients
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.report import ListenerReport
 from qubes_fwd_qrexec.common.values import Proto, address_text
+from qubes_fwd_qrexec.exposed import listener as listener_module
+from qubes_fwd_qrexec.exposed.listener import Listener
 from qubes_fwd_qrexec.exposed.statussockets import CLIENTS, CUT, STATUS
-from qubes_fwd_qrexec.listener import Listener
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")
 

@@ -27,7 +27,7 @@ from helpers import (
     write_config,
 )
 
-from qubes_fwd_qrexec import listener as listener_module
+from qubes_fwd_qrexec.exposed import listener as listener_module
 from qubes_fwd_qrexec.relay import leg
 
 # The drain

@@ -30,7 +30,7 @@ from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.exposed import call, unopened
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
 from qubes_fwd_qrexec.exposed.limits import Account
-from qubes_fwd_qrexec.listener import Listener
+from qubes_fwd_qrexec.exposed.listener import Listener
 from qubes_fwd_qrexec.relay import copy
 from qubes_fwd_qrexec.relay.acceptloop import address_of
 from qubes_fwd_qrexec.relay.copy import abort

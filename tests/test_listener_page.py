@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from qubes_fwd_qrexec import listener
 from qubes_fwd_qrexec.admin.views import carried
 from qubes_fwd_qrexec.common import config
 from qubes_fwd_qrexec.common.refusals import Refusal
@@ -22,6 +21,7 @@ from qubes_fwd_qrexec.exposed import (
     flowpool,
     flowtable,
     limits,
+    listener,
     listeneroptions,
     muxpool,
     qrexec,

@@ -26,9 +26,10 @@ from helpers import (
     until,
 )
 
-from qubes_fwd_qrexec import listener as listener_module
+from qubes_fwd_qrexec.exposed import listener as listener_module
 from qubes_fwd_qrexec.exposed import unopened
-from qubes_fwd_qrexec.listener import Listener, main
+from qubes_fwd_qrexec.exposed.listener import Listener
+from qubes_fwd_qrexec.listener import main
 from qubes_fwd_qrexec.system.qubesdbsource import open_qubesdb
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")

@@ -18,7 +18,7 @@ from udp_clients import UdpClient, free_udp_port
 from udp_forwards import KEY, forward_of, is_bound, write_udp_config
 
 from qubes_fwd_qrexec.common.values import Proto
-from qubes_fwd_qrexec.listener import Listener
+from qubes_fwd_qrexec.exposed.listener import Listener
 from qubes_fwd_qrexec.system.configsource import FileSource
 
 pytestmark = pytest.mark.usefixtures("no_hurry")

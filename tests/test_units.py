@@ -12,9 +12,9 @@ import pytest
 from qubes_fwd_qrexec.exposed.callbudget import CALLS_MAX
 from qubes_fwd_qrexec.exposed.callqueue import WAITING_MAX
 from qubes_fwd_qrexec.exposed.limits import PROCESS_MAX, process_max
+from qubes_fwd_qrexec.exposed.listener import DRAIN_S
 from qubes_fwd_qrexec.exposed.qrexec import STDERR_BUFFER_BYTES
 from qubes_fwd_qrexec.exposed.supervisor import CLOSE_S
-from qubes_fwd_qrexec.listener import DRAIN_S
 from qubes_fwd_qrexec.relay.budget import FLOOR_BYTES, LENT_BYTES
 from qubes_fwd_qrexec.relay.socketbuffers import HELD_BYTES, MAX_BYTES, WAITING_BYTES
 from qubes_fwd_qrexec.target.callnotes import DIRECTORY

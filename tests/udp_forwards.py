@@ -6,8 +6,8 @@ from pathlib import Path
 
 from helpers import write_config
 
+from qubes_fwd_qrexec.exposed.listener import Listener
 from qubes_fwd_qrexec.exposed.udpforward import OpenUdpForward
-from qubes_fwd_qrexec.listener import Listener
 
 KEY = "udp.work.dns"
 

@@ -32,7 +32,7 @@ from qubes_fwd_qrexec.exposed import flowcall, flowpool, muxcall, muxpool
 from qubes_fwd_qrexec.exposed.crowd import client_key
 from qubes_fwd_qrexec.exposed.flowcounters import Dropped
 from qubes_fwd_qrexec.exposed.flowpool import FlowPool
-from qubes_fwd_qrexec.listener import Listener
+from qubes_fwd_qrexec.exposed.listener import Listener
 
 pytestmark = pytest.mark.usefixtures("no_hurry")
 

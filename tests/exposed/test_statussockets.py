@@ -28,8 +28,8 @@ from helpers import (
 
 from qubes_fwd_qrexec.common.report import Answer, ForwardReport, ListenerReport, Trial, Way
 from qubes_fwd_qrexec.exposed import statussockets, trial
+from qubes_fwd_qrexec.exposed.listener import Listener
 from qubes_fwd_qrexec.exposed.statussockets import CLIENTS, CUT, METRICS, STATUS, TRY, runtime_directory
-from qubes_fwd_qrexec.listener import Listener
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")
 

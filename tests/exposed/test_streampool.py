@@ -29,7 +29,7 @@ from loop_time import slow_timers
 from muxpool_bench import one, pool_to
 
 from qubes_fwd_qrexec.exposed import streampool
-from qubes_fwd_qrexec.listener import Listener
+from qubes_fwd_qrexec.exposed.listener import Listener
 from qubes_fwd_qrexec.system.configsource import FileSource
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")

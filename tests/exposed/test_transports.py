@@ -33,8 +33,8 @@ from qubes_fwd_qrexec.common.report import Answer
 from qubes_fwd_qrexec.exposed.call import CallTimeouts, Ending
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
 from qubes_fwd_qrexec.exposed.guest import Guest
+from qubes_fwd_qrexec.exposed.listener import Listener
 from qubes_fwd_qrexec.exposed.transports import Transports
-from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.mux import Origin
 from qubes_fwd_qrexec.relay.copy import half_close
 from qubes_fwd_qrexec.relay.thread import open_relay_thread
