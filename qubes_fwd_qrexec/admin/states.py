@@ -43,67 +43,71 @@ class Verdict(StrEnum):
 
 
 class Cause(StrEnum):
-    """What was found, as a word for programs; what that means for the rule, and the rule's state by it."""
+    """What was found, as a word for programs; by which check, what that means for the rule, and the rule's
+    state by it.
+    """
 
-    def __new__(cls, word: str, verdict: Verdict = Verdict.STOPS, state: State = State.REFUSED) -> "Cause":
+    def __new__(
+        cls, word: str, check: str = "", verdict: Verdict = Verdict.STOPS, state: State = State.REFUSED
+    ) -> "Cause":
         cause = str.__new__(cls, word)
         cause._value_ = word
-        cause.verdict = verdict
-        cause.state = state
+        cause.check, cause.verdict, cause.state = check, verdict, state
         return cause
 
+    check: str
     verdict: Verdict
     state: State
 
-    OPEN = "open", Verdict.OK, State.ACTIVE
-    EXPOSED_HALTED = "exposed-halted", Verdict.NOTE, State.WAITING
-    HOP_HALTED = "hop-halted", Verdict.NOTE, State.WAITING
-    TARGET_HALTED = "target-halted", Verdict.NOTE, State.WAITING
-    CLONED = "cloned", Verdict.STOPS, State.SUSPENDED
-    NETVM_CHANGED = "netvm-changed", Verdict.STOPS, State.SUSPENDED
-    EXPIRED = "expired", Verdict.STOPS, State.EXPIRED
-    DISABLED = "disabled", Verdict.STOPS, State.DISABLED
-    NO_SUCH_QUBE = "no-such-qube"
-    UNREADABLE_QUBE = "unreadable-qube"
-    UNFIT_QUBE = "unfit-qube"
-    NO_NETVM = "no-netvm"
-    NETVM_BROKEN = "netvm-broken"
-    NO_SERVICE = "no-service"
-    TUNNEL = "tunnel-in-the-path"
-    NO_IP_PATH = "no-ip-path"
-    NFT_BEHIND_TUNNEL = "nft-behind-tunnel"
-    NO_NFT_SERVICE = "no-nft-service"
-    NFT_SWITCHED_OFF = "nft-switched-off"
-    NFT_AT_WHONIX = "nft-at-whonix"
-    NO_ADDRESS = "no-address"
-    LINK_LOCAL = "link-local"
-    NFT_LOOPBACK = "nft-at-loopback"
-    CONFLICT = "conflict"
-    TOO_LARGE = "too-large"
-    SOURCE_ELSEWHERE = "source-elsewhere"
-    NO_SOURCE = "no-source"
-    HELD = "held", Verdict.STOPS, State.HELD
-    UNREADABLE = "unreadable", Verdict.STOPS, State.BROKEN
+    OPEN = "open", "", Verdict.OK, State.ACTIVE
+    EXPOSED_HALTED = "exposed-halted", "", Verdict.NOTE, State.WAITING
+    HOP_HALTED = "hop-halted", "", Verdict.NOTE, State.WAITING
+    TARGET_HALTED = "target-halted", "", Verdict.NOTE, State.WAITING
+    CLONED = "cloned", "owner", Verdict.STOPS, State.SUSPENDED
+    NETVM_CHANGED = "netvm-changed", "path", Verdict.STOPS, State.SUSPENDED
+    EXPIRED = "expired", "expiry", Verdict.STOPS, State.EXPIRED
+    DISABLED = "disabled", "switch", Verdict.STOPS, State.DISABLED
+    NO_SUCH_QUBE = "no-such-qube", "qubes"
+    UNREADABLE_QUBE = "unreadable-qube", "qubes"
+    UNFIT_QUBE = "unfit-qube", "qubes"
+    NO_NETVM = "no-netvm", "qubes"
+    NETVM_BROKEN = "netvm-broken", "path"
+    NO_SERVICE = "no-service", "service"
+    TUNNEL = "tunnel-in-the-path", "tunnel"
+    NO_IP_PATH = "no-ip-path", "packets"
+    NFT_BEHIND_TUNNEL = "nft-behind-tunnel", "tunnel"
+    NO_NFT_SERVICE = "no-nft-service", "service"
+    NFT_SWITCHED_OFF = "nft-switched-off", "service"
+    NFT_AT_WHONIX = "nft-at-whonix", "service"
+    NO_ADDRESS = "no-address", "packets"
+    LINK_LOCAL = "link-local", "packets"
+    NFT_LOOPBACK = "nft-at-loopback", "packets"
+    CONFLICT = "conflict", "ports"
+    TOO_LARGE = "too-large", "ports"
+    SOURCE_ELSEWHERE = "source-elsewhere", "sources"
+    NO_SOURCE = "no-source", "sources"
+    HELD = "held", "hold", Verdict.STOPS, State.HELD
+    UNREADABLE = "unreadable", "", Verdict.STOPS, State.BROKEN
 
-    IN_TIME = "in-time", Verdict.OK
-    ANYBODY = "anybody", Verdict.NOTE
-    SOURCES = "sources", Verdict.OK
-    SOURCE_NOBODY = "source-nobody", Verdict.NOTE
-    TAG_ELSEWHERE = "tag-elsewhere", Verdict.NOTE
-    SOURCE_NETVM = "source-netvm", Verdict.NOTE
-    SIDE = "side", Verdict.OK
-    OWN = "own", Verdict.OK
-    NO_OWNER = "no-owner", Verdict.NOTE
-    AGREED = "agreed", Verdict.OK
-    FOLLOWS = "follows-netvm", Verdict.OK
-    NO_PATH = "no-path", Verdict.NOTE
-    NO_DISPOSABLES = "no-disposables", Verdict.NOTE
-    NO_TUNNEL = "no-tunnel", Verdict.OK
-    WITHIN_TUNNEL = "within-tunnel", Verdict.OK
-    BYPASSES_TUNNEL = "bypasses-tunnel", Verdict.NOTE
-    PERHAPS_TUNNEL = "perhaps-tunnel", Verdict.NOTE
-    STOCK_SERVICE = "stock-service", Verdict.NOTE
-    IPV4_ALONE = "ipv4-alone", Verdict.NOTE
+    IN_TIME = "in-time", "expiry", Verdict.OK
+    ANYBODY = "anybody", "sources", Verdict.NOTE
+    SOURCES = "sources", "sources", Verdict.OK
+    SOURCE_NOBODY = "source-nobody", "sources", Verdict.NOTE
+    TAG_ELSEWHERE = "tag-elsewhere", "sources", Verdict.NOTE
+    SOURCE_NETVM = "source-netvm", "sources", Verdict.NOTE
+    SIDE = "side", "side", Verdict.OK
+    OWN = "own", "owner", Verdict.OK
+    NO_OWNER = "no-owner", "owner", Verdict.NOTE
+    AGREED = "agreed", "path", Verdict.OK
+    FOLLOWS = "follows-netvm", "path", Verdict.OK
+    NO_PATH = "no-path", "path", Verdict.NOTE
+    NO_DISPOSABLES = "no-disposables", "", Verdict.NOTE
+    NO_TUNNEL = "no-tunnel", "tunnel", Verdict.OK
+    WITHIN_TUNNEL = "within-tunnel", "tunnel", Verdict.OK
+    BYPASSES_TUNNEL = "bypasses-tunnel", "tunnel", Verdict.NOTE
+    PERHAPS_TUNNEL = "perhaps-tunnel", "tunnel", Verdict.NOTE
+    STOCK_SERVICE = "stock-service", "", Verdict.NOTE
+    IPV4_ALONE = "ipv4-alone", "packets", Verdict.NOTE
 
 
 class Finding(NamedTuple):

@@ -15,28 +15,10 @@ from .tables import Check
 from .times import print_expire
 
 # In the order of the way.
-_CHECKS = {
-    "switch": (Cause.DISABLED,),
-    "qubes": (Cause.NO_SUCH_QUBE, Cause.UNREADABLE_QUBE, Cause.UNFIT_QUBE, Cause.NO_NETVM),
-    "sources": (
-        *(Cause.ANYBODY, Cause.SOURCES, Cause.SOURCE_ELSEWHERE, Cause.NO_SOURCE),
-        *(Cause.SOURCE_NOBODY, Cause.TAG_ELSEWHERE, Cause.SOURCE_NETVM),
-    ),
-    "side": (Cause.SIDE,),
-    "ports": (Cause.CONFLICT, Cause.TOO_LARGE),
-    "packets": (Cause.NO_IP_PATH, Cause.NO_ADDRESS, Cause.IPV4_ALONE, Cause.LINK_LOCAL, Cause.NFT_LOOPBACK),
-    "path": (Cause.NETVM_BROKEN, Cause.NETVM_CHANGED, Cause.AGREED, Cause.FOLLOWS, Cause.NO_PATH),
-    "owner": (Cause.OWN, Cause.NO_OWNER, Cause.CLONED),
-    "tunnel": (
-        *(Cause.TUNNEL, Cause.BYPASSES_TUNNEL, Cause.WITHIN_TUNNEL, Cause.NO_TUNNEL),
-        *(Cause.PERHAPS_TUNNEL, Cause.NFT_BEHIND_TUNNEL),
-    ),
-    "service": (Cause.NO_SERVICE, Cause.NO_NFT_SERVICE, Cause.NFT_SWITCHED_OFF, Cause.NFT_AT_WHONIX),
-    "expiry": (Cause.IN_TIME, Cause.EXPIRED),
-    "hold": (Cause.HELD,),
-}
-_NAMES = {cause: name for name, causes in _CHECKS.items() for cause in causes}
-_ORDER = [*_CHECKS]
+_CHECKS = (
+    *("switch", "qubes", "sources", "side", "ports", "packets"),
+    *("path", "owner", "tunnel", "service", "expiry", "hold"),
+)
 _APPLY = (("qvm-forward", "apply"),)
 
 # Findings that are ok have no sentence in `reasons`; of the others, these say more than their sentence.
@@ -68,8 +50,8 @@ def shown(
 ) -> tuple[Check, ...]:
     """All findings, in the order of the way; ``installed`` is dom0's policy file as it is, and
     ``verdict`` what its whole policy says of a live one."""
-    found = [_shown(forward, finding, now) for finding in forward.findings if finding.cause in _NAMES]
-    found.sort(key=lambda one: _ORDER.index(one.name))
+    found = [_shown(forward, finding, now) for finding in forward.findings if finding.cause.check]
+    found.sort(key=lambda one: _CHECKS.index(one.name))
     if forward.is_live and forward.mode is Mode.NFT:
         found.append(Check("safety", Verdict.NOTE, travel.safety(forward)))
     return (*found, _policy(forward, planned, installed, verdict))
@@ -95,7 +77,7 @@ def _shown(forward: Forward, finding: Finding, now: float) -> Check:
         ends=print_expire(forward.named.rule.expire, now),
     )
     ways_out = () if is_well else reasons.ways_out(forward, finding)
-    return Check(_NAMES[cause], cause.verdict, text, cause, ways_out=ways_out)
+    return Check(cause.check, cause.verdict, text, cause, ways_out=ways_out)
 
 
 def _reached(forward: Forward) -> str:
