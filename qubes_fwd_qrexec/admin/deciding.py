@@ -51,7 +51,9 @@ def decided(
         asked = [
             (key, f"{proto}.{decision.rule.target_ports.first}")
             for key, decision in found.items()
-            if _is_asked(*key, decision, inventory)
+            if decision.rule.mode is Mode.NFT
+            and inventory.qubes[key[0]].is_running
+            and inventory.offers(key[0])
             for proto in decision.rule.proto.each
         ]
         answers = at_once(lambda each: _is_at_loopback(each[0][0], each[1], backend), asked)
@@ -75,12 +77,6 @@ def _decided(named: NamedRule, inventory: Inventory, now: float) -> Decision:
     forward = checks.judged(named._replace(rule=by_nft), inventory, now, ())
     against = next((stop for stop in forward.stops if stop.cause.state is State.REFUSED), None)
     return Decision(by_nft) if against is None else Decision(over_qrexec, against)
-
-
-def _is_asked(target: QubeName, _: str, decision: Decision, inventory: Inventory) -> bool:
-    """Whether it is for the target to say if packets get to its server."""
-    is_nft = decision.rule.mode is Mode.NFT
-    return is_nft and inventory.qubes[target].is_running and inventory.offers(target)
 
 
 def _is_at_loopback(target: QubeName, argument: str, backend: Backend) -> bool:

@@ -125,8 +125,10 @@ def plan(
     for entry in ordered:
         if isinstance(entry, NamedRule):
             was = before.get(entry[:2])
-            is_same = was is not None and _is_same(was.forward, entry, now)
-            alone[entry[:2]] = was if was is not None and is_same else _alone(entry, *basis, now)
+            if was is None or not _is_same(was.forward, entry, now):
+                forward = judged(entry, basis[0], now, basis[1])
+                was = Alone(forward, claims_of(forward, basis[0]))
+            alone[entry[:2]] = was
     forwards: dict[Key, Forward] = {key: each.forward for key, each in alone.items()}
     taken = Claims()
     for key in sorted(alone, key=lambda key: (key in newcomers, key)) if newcomers else alone:
@@ -135,11 +137,6 @@ def plan(
             forwards[key] = forwards[key].with_finding(conflict)
     broken = tuple(entry for entry in ordered if isinstance(entry, BrokenRule))
     return Plan(tuple(forwards.values()), broken, alone=alone, basis=basis)
-
-
-def _alone(named: NamedRule, inventory: Inventory, stock: Collection[QubeName], now: float) -> Alone:
-    forward = judged(named, inventory, now, stock)
-    return Alone(forward, claims_of(forward, inventory))
 
 
 def _is_same(forward: Forward, named: NamedRule, now: float) -> bool:

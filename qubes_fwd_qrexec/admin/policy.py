@@ -6,7 +6,7 @@ only for the forwards that go over it, and none that denies.
 """
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container
 
 from qubes_fwd_qrexec.common.allowance import Calls
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service
@@ -62,18 +62,13 @@ def lines(forward: Forward) -> tuple[str, ...]:
 
 def lines_of(forward: Forward, config: ListenerConfig) -> tuple[str, ...]:
     """The lines that one protocol of a live forward needs."""
-    autostart = yes_no(forward.named.rule.autostart)
+    autostart, ports = yes_no(forward.named.rule.autostart), config.target_ports
+    is_mux = config.transport is Transport.MUX
     return tuple(
         f"{config.service}  +{argument}  {forward.exposed}  {config.target}  allow  "
         f"autostart={autostart}  notify=no"
-        for argument in _arguments(config)
+        for argument in ([f"{ports.brief()}+mux"] if is_mux else map(str, ports))
     )
-
-
-def _arguments(config: ListenerConfig) -> Iterable[str]:
-    if config.transport is Transport.MUX:
-        return (f"{config.target_ports.brief()}+mux",)
-    return map(str, config.target_ports)
 
 
 def text(planned: Plan, *, withheld: Container[str] = ()) -> str:

@@ -56,9 +56,7 @@ class Connected(NamedTuple):
     def table(self, style: Style) -> str:
         """A row for each client, the last that moved first in each forward; empty if there are none."""
         shown = [client for _, some in self._of_each() for client in some[:_SHOWN_MAX]]
-        states = [drains.STATE if client.report.is_draining else "open" for client in shown]
-        rows = [_cells(*each) for each in zip(shown, states, strict=True)]
-        return Table(_TITLES, rows, states, leaving=_LEAVING).text(style)
+        return Table(_TITLES, [*map(_cells, shown)], leaving=_LEAVING).text(style)
 
     def remarks(self) -> Iterator[str]:
         """What the table does not have."""
@@ -102,8 +100,9 @@ def connected(planned: Plan, qubes: Collection[str], answers: Mapping[QubeName, 
     return Connected(tuple(sorted(clients, key=lambda client: client.where)), left_out, unknown)
 
 
-def _cells(client: Client, state: str) -> tuple[str, ...]:
+def _cells(client: Client) -> tuple[str, ...]:
     report = client.report
+    state = drains.STATE if report.is_draining else "open"
     at = f"{client.exposed}{' udp' if report.proto is Proto.UDP else ''}"
     who = address_text(report.address, report.port)
     times = local(report.since), amount(report.idle_s)

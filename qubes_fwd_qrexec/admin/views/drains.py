@@ -79,7 +79,7 @@ def table(left: Iterable[GoesOn], style: Style) -> str:
         if one.left_s is not None
     ]
     shown, more = rows[:_SHOWN_MAX], len(rows) - _SHOWN_MAX
-    text = Table(_TITLES, shown, [STATE] * len(shown), leaving=("AT",)).text(style)
+    text = Table(_TITLES, shown, leaving=("AT",)).text(style)
     return text if more <= 0 else f"{text}And {more} more; --json shows them.\n"
 
 

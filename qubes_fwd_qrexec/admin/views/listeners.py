@@ -137,8 +137,10 @@ def uptakes(forward: Forward, answer: Answer | None) -> tuple[Uptake, ...]:
     """What became of each protocol of a forward, by the answer of its exposed qube; None where that does not
     run."""
     configs = forward.listener_configs
-    found = (_uptake(forward.exposed, config, answer, is_alone=len(configs) == 1) for config in configs)
-    return tuple(each._replace(proto=config.proto) for each, config in zip(found, configs, strict=True))
+    return tuple(
+        _uptake(forward.exposed, config, answer, is_alone=len(configs) == 1)._replace(proto=config.proto)
+        for config in configs
+    )
 
 
 def _uptake(

@@ -154,8 +154,7 @@ class NftStatus(NamedTuple):
         )
 
     def table(self, style: Style) -> str:
-        rows, states = [*map(_cells, self.rows)], [row.state for row in self.rows]
-        return Table(_TITLES, rows, states, {}, _LEAVING, ("EXPOSED AT",)).text(style)
+        return Table(_TITLES, [*map(_cells, self.rows)], {}, _LEAVING, ("EXPOSED AT",)).text(style)
 
     def left(self) -> Iterator[str]:
         """A sentence for each qube that has in force what it should not."""

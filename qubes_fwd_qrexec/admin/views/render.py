@@ -49,9 +49,8 @@ def table(plan: Plan, now: float, style: Style, qubes: Sequence[str] = ()) -> st
         is_one = len(qubes) == 1
         roles = [", ".join(r if is_one else f"{q} {r}" for q, r in some.items()) for some in each]
         rows = [(*row[:2], role, *row[2:]) for row, role in zip(rows, roles, strict=True)]
-    states = [forward.state for forward in plan] + [State.BROKEN for _ in plan.broken]
     remarks = "".join(_remarks(plan, style))
-    body = Table(titles, rows, states, _YIELDING, _LEAVING, ("FROM", "EXPOSED AT")).text(style)
+    body = Table(titles, rows, _YIELDING, _LEAVING, ("FROM", "EXPOSED AT")).text(style)
     return f"{body}\n{remarks}" if remarks else body
 
 

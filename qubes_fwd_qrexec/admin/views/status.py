@@ -262,9 +262,8 @@ def asked(
 
 def text(found: Status, style: Style) -> str:
     heads = [style.state(Verdict.STOPS, head) for head in left(found.due, found)]
-    rows, states = [*map(_cells, found.rows)], [row.state for row in found.rows]
     tables = [
-        Table(_TITLES, rows, states, {}, _LEAVING, ("EXPOSED AT",)).text(style),
+        Table(_TITLES, [*map(_cells, found.rows)], {}, _LEAVING, ("EXPOSED AT",)).text(style),
         found.by_nft.table(style),
         drains.table((*found.goes_on, *found.by_nft.draining), style),
         "" if found.clients is None else found.clients.table(style),
@@ -282,7 +281,10 @@ def left(due: Collection[Step], found: Status | None) -> Iterator[str]:
     yield from (escaped(_leftover(*each)) for each in _leftovers(due))
     if found is not None:
         yield from found.by_nft.left()
-        yield from (_goes_on(each) for each in found.goes_on if each.left_s is None)
+        for each in found.goes_on:
+            if each.left_s is None:
+                has = f"{each.exposed} still has {each.counted} of it"
+                yield f"{each.target} {each.name} should be closed, but {has}."
 
 
 def _leftovers(due: Collection[Step]) -> Iterator[tuple[QubeName | None, str]]:
@@ -298,10 +300,6 @@ def _leftover(qube: QubeName | None, what: str) -> str:
     does = "forward" if is_nft_key(what) else "listen for"
     found = f"dom0's policy allows '{what}'" if qube is None else f"{qube} is told to {does} {what}"
     return f"No rule asks for this: {found}; 'qvm-forward apply' ends it."
-
-
-def _goes_on(left: GoesOn) -> str:
-    return f"{left.target} {left.name} should be closed, but {left.exposed} still has {left.counted} of it."
 
 
 _VERDICTS = {True: "allows", False: "denies", None: "allows?"}

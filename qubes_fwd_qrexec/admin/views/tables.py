@@ -63,7 +63,7 @@ def terminal_size(out: TextIO, environ: Mapping[str, str]) -> os.terminal_size |
 
 
 class Table(NamedTuple):
-    """Rows below their titles; ``states`` colours the cells below STATE.
+    """Rows below their titles; what is below STATE has the colour of that state.
 
     Where the terminal is too narrow, cells below the titles of ``yielding`` are cut, in this order, down to
     the width given there. If that is not enough, columns go: those that say nothing, then those of
@@ -73,7 +73,6 @@ class Table(NamedTuple):
 
     titles: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
-    states: Sequence[str]
     yielding: Mapping[str, int] = MappingProxyType({})
     leaving: tuple[str, ...] = ()
     squeezed: tuple[str, ...] = ()
@@ -92,7 +91,7 @@ class Table(NamedTuple):
                 return self._table(widths, style)
         if (widths := self._widths(shown, width, dict.fromkeys(self.squeezed, _CELL_MIN))) is not None:
             return self._table(widths, style)
-        return "\n".join(self._block(*each, style) for each in zip(self.rows, self.states, strict=True))
+        return "\n".join(self._block(row, style) for row in self.rows)
 
     def _widths(self, shown: Sequence[str], width: int, least: Mapping[str, int]) -> dict[str, int] | None:
         """How wide the columns are that are shown; None if they cannot be so narrow."""
@@ -118,15 +117,16 @@ class Table(NamedTuple):
             ]
             for row in (self.titles, *self.rows)
         ]
-        at = [*widths].index("STATE")
-        for line, state in zip(lines[1:], self.states, strict=True):
-            line[at] = style.state(state, line[at])
+        at, state = [*widths].index("STATE"), self.titles.index("STATE")
+        for line, row in zip(lines[1:], self.rows, strict=True):
+            line[at] = style.state(row[state], line[at])
         return "".join(f"{_GAP.join(line).rstrip()}\n" for line in lines)
 
-    def _block(self, row: tuple[str, ...], state: str, style: Style) -> str:
+    def _block(self, row: tuple[str, ...], style: Style) -> str:
         """The first two cells and the state as a head, then the cells that say something."""
         labelled = dict(zip(self.titles[2:], row[2:], strict=True))
-        head = f"{row[0]} {row[1]}: {style.state(state, labelled.pop('STATE'))}\n"
+        state = labelled.pop("STATE")
+        head = f"{row[0]} {row[1]}: {style.state(state, state)}\n"
         return head + "".join(
             f"  {title.lower()} {cell}\n" for title, cell in labelled.items() if cell not in ("", "?")
         )
