@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from .usage import subcommands
+from .parser import subcommands
 
 # The only candidate where the shell knows better: it offers its files then.
 FILE, DIRECTORY = ":file", ":directory"

@@ -9,12 +9,12 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin.answers import AnswerError
-from qubes_fwd_qrexec.admin.cutting import TOO_OLD
 from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.common.clientreport import ClientReport
 from qubes_fwd_qrexec.common.values import Proto, QubeName, address_text
 
 from . import drains
+from .cut import TOO_OLD
 from .listeners import Answer, has_no_listener
 from .tables import Style, Table, counted, size
 from .times import amount, local

@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command cut: end connections to a forward, and leave its rule as it is."""
+"""The command cut: end connections to a forward where they are accepted, and leave its rule as it is.
+
+So whoever is let in may connect again. What a qube answers is untrusted: if it lies, only closing the forward
+ends what it carries to the target.
+"""
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from ipaddress import ip_network
-from typing import Any
+from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.admin import cutting
-from qubes_fwd_qrexec.admin.cutting import Cut, ForwardAt
+from qubes_fwd_qrexec.admin.answers import AnswerError, at_once, reading
+from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State
-from qubes_fwd_qrexec.common.clientreport import WhichClients
+from qubes_fwd_qrexec.common.clientreport import CutReport, WhichClients
 from qubes_fwd_qrexec.common.config import ForwardKey
 from qubes_fwd_qrexec.common.errors import RefusedError, TextError, UsageError
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.report import DrainingReport, ForwardReport, QubeReport
 from qubes_fwd_qrexec.common.rules import Mode
+from qubes_fwd_qrexec.common.services import CUT_SERVICE
 from qubes_fwd_qrexec.common.values import Proto, QubeName, unmapped
 
 from . import carried
@@ -23,8 +29,24 @@ from .listeners import AFTER_S, Answer, ask_all, flows, listening
 from .session import Session
 from .tables import escaped
 
+TOO_OLD = "is too old for that; update qubes-fwd-qrexec there and restart it"
+# A number, and a text of at most 200 characters.
+_ANSWER_MAX_BYTES = 1024
+# A call takes some tenths of a second.
+_TIMEOUT_S = 5.0
+ForwardAt = tuple[QubeName, ForwardKey]
+"""An exposed qube, and one protocol of a forward there."""
 # A qube may name as many as it likes.
 _NAMES_MAX = 20
+
+
+class Cut(NamedTuple):
+    """How many connections or flows ended at one place; ``problem`` is why others may go on."""
+
+    exposed: QubeName
+    key: ForwardKey
+    ended: int = 0
+    problem: str | None = None
 
 
 def cut(args: Namespace, session: Session) -> int:
@@ -45,7 +67,7 @@ def cut(args: Namespace, session: Session) -> int:
     forward = planned.find(target, name)
     if name not in open_at:
         raise RefusedError("; ".join(filter(None, (_why_closed(snapshot, forward, target, name), unknown))))
-    found = cutting.cut(open_at[name], which, session.backend)
+    found = cut_all(open_at[name], which, session.backend)
     after, way_out = _after(forward, which)
     problems = [one.problem for one in found if one.problem is not None]
     ended = _ended(found)
@@ -70,6 +92,24 @@ def cut(args: Namespace, session: Session) -> int:
     if unknown:
         session.warn(unknown)
     return status
+
+
+def cut_all(places: Collection[ForwardAt], which: WhichClients, backend: Backend) -> tuple[Cut, ...]:
+    """Cut these clients at all places at once, and say of each what became of it. Raises nothing."""
+    return tuple(at_once(lambda place: _cut(*place, which, backend), places).values())
+
+
+def _cut(exposed: QubeName, key: ForwardKey, which: WhichClients, backend: Backend) -> Cut:
+    service = f"{CUT_SERVICE}+{key}"
+    try:
+        with reading(exposed):
+            untrusted_answer = backend.ask(exposed, service, _ANSWER_MAX_BYTES, _TIMEOUT_S, f"{which}\n")
+            report = CutReport.parse(untrusted_answer)
+    except AnswerError as error:
+        is_old = error.status == ExitStatus.NO_SERVICE
+        return Cut(exposed, key, problem=f"{exposed} {TOO_OLD}" if is_old else str(error))
+    problem = None if report.problem is None else f"{exposed}: {report.problem}"
+    return Cut(exposed, key, report.cut, problem)
 
 
 def places(

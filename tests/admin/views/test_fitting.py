@@ -9,11 +9,11 @@ import pytest
 from helpers import BOUND_S
 from worlds import NOW, Command
 
-from qubes_fwd_qrexec.admin.views import fitting, parser, usage
+from qubes_fwd_qrexec.admin.views import fitting, parser
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
 
-COMMANDS = {name: usage.subcommands(parser.build())[name] for name in parser.COMMANDS}
+COMMANDS = {name: parser.subcommands(parser.build())[name] for name in parser.COMMANDS}
 
 
 @pytest.fixture

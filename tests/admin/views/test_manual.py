@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from qubes_fwd_qrexec.admin.views import cli, parser, usage
+from qubes_fwd_qrexec.admin.views import cli, parser
 from qubes_fwd_qrexec.common.errors import RuleError
 from qubes_fwd_qrexec.common.rules import ForwardRule
 
 ROOT = Path(__file__).parents[3]
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("qvm-forward*.rst")}
 GENERAL = PAGES["qvm-forward"]
-COMMANDS = {name: usage.subcommands(parser.build())[name] for name in parser.COMMANDS}
+COMMANDS = {name: parser.subcommands(parser.build())[name] for name in parser.COMMANDS}
 
 
 def test_every_command_is_one_that_runs() -> None:

@@ -135,7 +135,7 @@ _SLOW = {"asyncio", "concurrent.futures", "http", "logging", "lxml", "shutil", "
 def test_help_imports_nothing_that_a_command_needs() -> None:
     """What reads rules and plans takes longer to import than all the rest takes."""
     ours, others = _imported("--help")
-    modules = {"views", "views.cli", "views.parser", "views.tables", "views.locate", "views.usage"}
+    modules = {"views", "views.cli", "views.parser", "views.tables", "views.locate"}
     commons = {"common", "common.errors", "common.nearest"}
     assert ours == {"qubes_fwd_qrexec", *commons, "admin", *(f"admin.{m}" for m in modules)}
     assert not others & (_SLOW | {"dataclasses", "ipaddress", "json", "pathlib", "subprocess"})

@@ -7,7 +7,7 @@ import pytest
 from answering import LACKS, Answering
 
 from qubes_fwd_qrexec.admin.answers import AnswerError
-from qubes_fwd_qrexec.admin.cutting import Cut, cut
+from qubes_fwd_qrexec.admin.views.cut import Cut, cut_all
 from qubes_fwd_qrexec.common.clientreport import CutReport, WhichClients
 from qubes_fwd_qrexec.common.config import ForwardKey
 from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName
@@ -30,13 +30,13 @@ def test_each_place_is_told_on_its_line_whom_to_cut(lab: LabDirectory) -> None:
         },
     )
     which = WhichClients(ip_address("fe80::1%eth0"), 5000)
-    assert cut(places, which, backend) == (
+    assert cut_all(places, which, backend) == (
         Cut(SYS_NET, WEB, 2),
         Cut(SYS_NET, WEB._replace(proto=Proto.UDP), 0, "sys-net: it is stuck"),
         Cut(SYS_VPN, WEB, 1),
     )
     assert {question.given for question in backend.asked} == {"[fe80::1%eth0]:5000\n"}
-    cut(places[:1], ALL, backend)
+    cut_all(places[:1], ALL, backend)
     # An empty line stands for all. No line would be a call that died.
     assert backend.asked[-1] == ("sys-net", TCP, 5.0, "\n")
 
@@ -56,6 +56,6 @@ def test_each_place_is_told_on_its_line_whom_to_cut(lab: LabDirectory) -> None:
 def test_an_answer_that_is_none_cuts_nobody_and_says_why(
     lab: LabDirectory, answer: AnswerError | bytes, problem: str
 ) -> None:
-    (found,) = cut([(SYS_NET, WEB)], ALL, Answering(lab, {("sys-net", TCP): answer}))
+    (found,) = cut_all([(SYS_NET, WEB)], ALL, Answering(lab, {("sys-net", TCP): answer}))
     assert found.ended == 0
     assert (found.problem or "").startswith(problem)
