@@ -77,9 +77,7 @@ class Step(NamedTuple):
 
     @property
     def narrows(self) -> bool:
-        """Whether it closes something by itself, or changes what is open, whatever policy says. Packets need
-        no policy, so what lets more of them through is none of these.
-        """
+        """Whether it closes, or changes what is open; not what lets in more packets, which need no policy."""
         if self.kind is Kind.SET_CONFIG and is_nft((self.qube, self.key)):
             return self.was is not None and not widens(self.key, self.was, self.value)
         return self.tells and not self.opens
@@ -216,10 +214,7 @@ def _revocations(
     *,
     cuts_drains: bool,
 ) -> dict[QubeName, Allowance]:
-    """What is told to each target whose calls are not all allowed any more, and to others.
-
-    ``cuts_drains``: they end at once.
-    """
+    """What each target is told whose calls are not all allowed any more, and ``others``; see `Allowance`."""
     # A line that only changes, in its autostart, ends nothing.
     kept = {call for line in wanted if (call := policy.calls_of(line)) is not None} if gone else set()
     over = [line for line in gone if policy.calls_of(line) not in kept]
@@ -360,9 +355,7 @@ def reconcile(
 
 
 def _with_problems(outcome: Outcome, doubts: Iterable[Unconfirmed]) -> Outcome:
-    """The same with a problem for each doubt that keeps a rule from changing its mode, and what could not be
-    told undone.
-    """
+    """The same with the doubts that keep rules from changing their mode, and with what could not be told."""
     problems = (
         f"{doubt.qube} does not confirm that {doubt.key} is closed{doubt.said and ': '}{doubt.said}. The "
         f"forward opens over qrexec when it does, or when {doubt.qube} is shut down"

@@ -151,9 +151,7 @@ def _nothing(key: str) -> str:
 
 
 def forwarding(inventory: Inventory) -> set[QubeName]:
-    """The running qubes whose firewall may have something of forwards by nft: also any of which something
-    could not be read.
-    """
+    """The running qubes whose firewall may have something of forwards by nft, or of which that is unknown."""
     return {
         qube.name
         for qube in inventory.qubes.values()

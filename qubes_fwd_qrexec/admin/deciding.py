@@ -80,9 +80,7 @@ def _decided(named: NamedRule, inventory: Inventory, now: float) -> Decision:
 
 
 def _is_at_loopback(target: QubeName, argument: str, backend: Backend) -> bool:
-    """Whether the target says that its server listens at loopback addresses alone, where no packets get to.
-    If it lies, only its own forward goes the other way.
-    """
+    """Whether the target says that its server listens at loopback alone, where no packets get to."""
     try:
         trial = ask_status(backend, target, argument, _TIMEOUT_S).trial
     except AnswerError:

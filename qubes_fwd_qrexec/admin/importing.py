@@ -88,9 +88,7 @@ def import_document(
 
 
 def _pruned(stored: Iterable[Key], rules: Iterable[NamedRule], document: Document, prune: Prune) -> list[Key]:
-    """The stored rules that the document does not have, readable or not. No mark is among them: without it
-    forwards may open.
-    """
+    """The stored rules that the document lacks, readable or not; no marks, which keep forwards closed."""
     kept = {named[:2] for named in rules}
     named = {target for target, _ in kept} | document.tunnels.keys()
     qubes: Container[QubeName] = named if prune is Prune.NAMED else ()

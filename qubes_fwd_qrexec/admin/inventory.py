@@ -57,10 +57,7 @@ _LINUX = "Linux"
 
 
 def feature_matters(key: str, with_config: bool = True) -> bool:
-    """Whether anything here depends on a feature: a rule, a configuration, a mark or an offered service.
-
-    A template has a hundred others, and a real system is asked for each value by itself.
-    """
+    """Whether anything here depends on a feature. Qubes have a hundred others, and each value is one call."""
     if key.startswith(CONFIG_PREFIX):
         return with_config and is_configuration(key)
     return key in _MATTER or key.startswith((RULE_PREFIX, *VPN_PREFIXES))

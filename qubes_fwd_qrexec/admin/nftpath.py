@@ -131,9 +131,7 @@ def configs(
 
 
 def _next_hop(qube: Qube, versions: Collection[int]) -> dict[str, Any]:
-    """Where packets are sent to: what the netvm of a qube routes to it. Inside, the qube may have another
-    address (net.fake-ip).
-    """
+    """Where the netvm of a qube routes packets for it, which may not be its address inside (net.fake-ip)."""
     return {
         "to4": IPv4Address(qube.ip) if qube.ip is not None and 4 in versions else None,
         "to6": IPv6Address(qube.ip6) if qube.ip6 is not None and 6 in versions else None,

@@ -37,10 +37,7 @@ _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 
 
 def calls_of(line: str) -> tuple[QubeName, Calls] | None:
-    """The target and the calls of our services that a line allows.
-
-    None for a line of another service, and for one that we would not write.
-    """
+    """The target and the calls of our services that a line allows; None for any that we would not write."""
     words = line.split()
     if len(words) < 5 or words[0] not in OURS or words[4] != "allow":
         return None

@@ -31,10 +31,7 @@ _TIMEOUT_S = 5.0
 
 
 class Ended(NamedTuple):
-    """What came of telling one target: calls that ended, and calls that may drain.
-
-    ``problem`` is why it could not be told: then its calls may go on.
-    """
+    """Calls of a target that ended, and that may drain; ``problem`` is why it was not told: all may go on."""
 
     target: QubeName
     ended: int = 0

@@ -180,10 +180,7 @@ class Snapshot(NamedTuple):
 
 
 def look(backend: Backend, *, with_config: bool = False) -> Snapshot:
-    """Read the system. Raises `StoreError`.
-
-    ``with_config``: also what the listeners have been told, which only a comparison needs.
-    """
+    """Read the system; with ``with_config`` also what listeners have been told. Raises `StoreError`."""
     # Policy first: its token then shows that somebody closed it while the qubes were being read.
     try:
         installed = backend.read_policy()

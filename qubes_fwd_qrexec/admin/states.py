@@ -43,9 +43,7 @@ class Verdict(StrEnum):
 
 
 class Cause(StrEnum):
-    """What was found, as a word for programs; by which check, what that means for the rule, and the rule's
-    state by it.
-    """
+    """What was found, as a word for programs; its check, what it means for the rule, and the state by it."""
 
     def __new__(
         cls, word: str, check: str = "", verdict: Verdict = Verdict.STOPS, state: State = State.REFUSED
@@ -201,9 +199,7 @@ class Forward(NamedTuple):
 
     @property
     def hops(self) -> tuple[QubeName, ...]:
-        """The qubes before the target on its way, the exposed qube first: by nft, all the
-        netvms from there to the target.
-        """
+        """The qubes before the target on its way, the exposed qube first; by nft, all netvms between too."""
         if self.exposed is None:
             return ()
         if self.mode is not Mode.NFT or self.exposed not in self.chain:

@@ -128,10 +128,7 @@ class QubesStore:
             raise
 
     def _check_state(self, app: Any, qube: QubeName) -> None:
-        """Raise `StoreError` unless the qube is halted or gone.
-
-        qubesadmin says "not running" also where qubesd did not tell it (docs/facts.md, A13).
-        """
+        """Raise `StoreError` unless it is halted or gone; qubesadmin may err (docs/facts.md, A13)."""
         from qubesadmin.exc import QubesVMNotFoundError
 
         method = "admin.vm.CurrentState"

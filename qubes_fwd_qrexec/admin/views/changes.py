@@ -94,9 +94,7 @@ def _followed(changed: Changed, session: Session) -> After:
 
 
 def _perhaps_draining(changed: Changed, now: float) -> dict[Place, str | None]:
-    """Where connections by nft may finish of rules whose time was over already: their qubes are told nothing
-    of them any more.
-    """
+    """Where connections by nft may finish of rules that were over already: nobody is told of them now."""
     found: dict[Place, str | None] = {}
     for old in (changed.plan_before.find(*key) for key in changed.keys):
         if old is None or old.mode is not Mode.NFT or old.finding(Cause.EXPIRED) is None:

@@ -134,9 +134,7 @@ def ways_out(doubts: Iterable[Unconfirmed]) -> list[str]:
 
 
 def check(outcome: Outcome, session: Session) -> bool:
-    """Ask the qubes that were told something, and warn of what they do not confirm. Returns whether all that
-    was to be closed is closed.
-    """
+    """Ask the qubes that were told something; see `warn`."""
     return warn(unconfirmed(outcome.told, session.backend), outcome.told, outcome.before, session)
 
 

@@ -42,9 +42,7 @@ def new_rule(args: Namespace, now: float) -> ForwardRule:
 
 
 def changes(args: Namespace, now: float) -> tuple[str | None, list[Option]]:
-    """What `set` asks for: the name of the rule, if it says one, and options as `editing.edited` takes them.
-    Raises `UsageError`.
-    """
+    """What `set` asks for: the rule's name if it says one, and options for `edited`. Raises `UsageError`."""
     words = [*filter(None, (args.name, *args.options))]
     name = None if not words or "=" in words[0] else words.pop(0)
     return name, _once((*map(_worded, words), *_typed(args)), now)

@@ -134,8 +134,7 @@ def ask_all(
 
 
 def uptakes(forward: Forward, answer: Answer | None) -> tuple[Uptake, ...]:
-    """What became of each protocol of a forward, by the answer of its exposed qube; None where that does not
-    run."""
+    """What became of each protocol of a forward, by what its exposed qube says; None where that is halted."""
     configs = forward.listener_configs
     return tuple(
         _uptake(forward.exposed, config, answer, is_alone=len(configs) == 1)._replace(proto=config.proto)
@@ -201,9 +200,7 @@ def flows(exposed: QubeName, answer: Answer, planned: Plan) -> list[GoesOn] | No
 
 
 def listening(inventory: Inventory) -> set[QubeName]:
-    """Every running qube that listens, or may have and drains: a listener goes on when its qube's flag is
-    taken away, so all that have our package count.
-    """
+    """Every running qube that listens, or may and drains: it goes on when its qube's flag is taken away."""
     flagged = {
         qube.name
         for qube in inventory.qubes.values()

@@ -132,9 +132,7 @@ def _counted(step: str, hop: Hop, config: NftConfig, before: Hop | None) -> Chec
 
 
 def _seen(hop: Hop, proto: Proto, *, is_least: bool = False) -> str:
-    """What a qube has counted; empty if that is nothing, or unknown. What a flowtable speeds up is no part of
-    its packets (``is_least``).
-    """
+    """What a qube has counted; empty for nothing. ``is_least``: what a flowtable speeds up is not counted."""
     if hop.counted is None or not (hop.counted.connections or hop.counted.packets):
         return ""
     packets = f"{'at least ' if is_least else ''}{counted(hop.counted.packets, 'packet')}"

@@ -256,9 +256,7 @@ COMMANDS = {
 
 
 def build(words: Collection[str] | None = None) -> Parser:
-    """The parser of the whole command line, or of one that has these words: commands that are not among them
-    have no arguments then, since to make those takes longest.
-    """
+    """The parser of the whole command line, or quicker of one with these words: others get no arguments."""
     parser = Parser(
         prog="qvm-forward",
         description="Make a server in one qube reachable from the LAN or from other qubes.",
@@ -285,10 +283,7 @@ def _add(parser: argparse.ArgumentParser, arguments: Iterable[Argument], **more:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """What a command line asks for. A word too many is the command's error, with its own usage.
-
-    Raises `SystemExit`.
-    """
+    """What a command line asks for. Raises `SystemExit`; a word too many has the usage of its command."""
     parser = build(argv)
     args, rest = parser.parse_known_args(argv)
     if rest:

@@ -89,9 +89,7 @@ def transport_reason(forward: Forward, proto: Proto = Proto.TCP) -> str:
 
 
 def room(forward: Forward, needed: Mapping[QubeName, int], before: Mapping[QubeName, int]) -> str | None:
-    """What to mind of a live forward whose qube needs more calls than it makes, and more than before; see
-    `calls_needed`.
-    """
+    """What to mind of a live forward whose qube needs more calls than it makes, and more than before."""
     if not forward.is_live or forward.exposed is None:
         return None
     calls = needed.get(forward.exposed, 0)
