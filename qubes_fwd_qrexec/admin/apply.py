@@ -117,11 +117,6 @@ class Outcome(NamedTuple):
         )
 
 
-def _told(forward: Forward) -> dict[Place, str]:
-    """What qubes are to be told of a forward."""
-    return {(qube, f"{CONFIG_PREFIX}{config.key}"): str(config) for qube, config in forward.configs}
-
-
 def _without(forward: Forward, untold: Collection[Place]) -> Forward:
     """What is left of a forward where qubes could not be told of it. Over qrexec each protocol is by itself;
     by nft nothing is left, as each qube of the path decides on both.
@@ -172,16 +167,24 @@ def differences(
         closed = policy.text(plan, withheld=new)
         steps.append(Step(Kind.CLOSE_POLICY, closed, lines=tuple(sorted(gone))))
     present = {(qube, key): value for qube, key, value in inventory.configurations()}
-    everybody = serving(inventory) if ends_all and present else set()
-    if told := _revocations(gone, new_lines, inventory, everybody, cuts_drains=plan.is_held):
+    # A line that only changes, in its autostart, ends nothing.
+    kept = {call for line in new_lines if (call := policy.calls_of(line)) is not None} if gone else set()
+    over = [line for line in gone if policy.calls_of(line) not in kept]
+    if targets := targets_of(over, inventory) | (serving(inventory) if ends_all and present else set()):
+        drained = () if plan.is_held else drains(inventory)
+        told = allowances(targets, new_lines, drains=drained, cuts_drains=plan.is_held)
         steps.append(Step(Kind.REVOKE, allowances=told))
-    wanted = ending | {place: value for forward in plan for place, value in _told(forward).items()}
+    wanted = ending | {
+        (qube, f"{CONFIG_PREFIX}{config.key}"): str(config)
+        for forward in plan
+        for qube, config in forward.configs
+    }
 
     def outermost_first(place: Place) -> tuple[int, Place]:
         return len(inventory.chain(place[0]).qubes), place
 
-    kept = {place for place in untold if not is_nft(place)}
-    for qube, key in sorted(present.keys() - wanted.keys() - kept, key=outermost_first):
+    staying = {place for place in untold if not is_nft(place)}
+    for qube, key in sorted(present.keys() - wanted.keys() - staying, key=outermost_first):
         steps.append(Step(Kind.REMOVE_CONFIG, qube=qube, key=key, was=present[qube, key]))
     differing = (place for place, value in wanted.items() if value != present.get(place))
     changed = [
@@ -204,25 +207,6 @@ def _ends(plan: Plan) -> Iterator[Step]:
         if forward.cause is Cause.EXPIRED and not rule.has_ended:
             line = str(replace(rule, has_ended=True))
             yield Step(Kind.END_RULE, line, target, f"{RULE_PREFIX}{name}", str(rule))
-
-
-def _revocations(
-    gone: frozenset[str],
-    wanted: frozenset[str],
-    inventory: Inventory,
-    others: Collection[QubeName],
-    *,
-    cuts_drains: bool,
-) -> dict[QubeName, Allowance]:
-    """What each target is told whose calls are not all allowed any more, and ``others``; see `Allowance`."""
-    # A line that only changes, in its autostart, ends nothing.
-    kept = {call for line in wanted if (call := policy.calls_of(line)) is not None} if gone else set()
-    over = [line for line in gone if policy.calls_of(line) not in kept]
-    targets = {*targets_of(over, inventory), *others}
-    if not targets:
-        return {}
-    drained = () if cuts_drains else drains(inventory)
-    return allowances(targets, wanted, drains=drained, cuts_drains=cuts_drains)
 
 
 def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) -> Outcome:

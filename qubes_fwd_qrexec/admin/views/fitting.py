@@ -120,7 +120,8 @@ class _Fitting:
                 if bool(qube.features.get(TUNNEL_FEATURE)) is is_marked
                 and (is_marked or qube.provides_network)
             ]
-        if command == "export" or "names" in (arguments := _arguments(command)) or "name" in arguments:
+        arguments = {names[0] for names, _ in parser.COMMANDS[command].arguments}
+        if command == "export" or arguments & {"name", "names"}:
             return dict.fromkeys(qube for qube, name in self._stored if self._is_for(qube, name))
         return [qube.name for qube in qubes if qube.klass not in (ADMIN, TEMPLATE)]
 
@@ -225,11 +226,6 @@ def _is_possible(mode: Mode, refusals: Mapping[Mode, set[Cause] | None]) -> bool
         return True
     own, other = refusals[mode], refusals[Mode.QREXEC if mode is Mode.NFT else Mode.NFT]
     return other is None or (own is not None and own <= other)
-
-
-def _arguments(command: str) -> set[str]:
-    """What a command calls its arguments."""
-    return {names[0] for names, _ in parser.COMMANDS[command].arguments}
 
 
 def _changed(rule: ForwardRule, option: str, value: str, now: float) -> ForwardRule | None:

@@ -84,12 +84,9 @@ def _path(forward: Forward) -> str:
     (target, _), *before = forward.nft_configs
     following = [*(qube for qube, _ in reversed(before[:-1])), target]
     for qube, (_, config) in zip(following, reversed(before), strict=True):
-        parts.append(f"{qube} ({_addresses(config)})")
+        addresses = (str(address) for address in (config.to4, config.to6) if address is not None)
+        parts.append(f"{qube} ({', '.join(addresses)})")
     return " - ".join(parts)
-
-
-def _addresses(config: NftConfig) -> str:
-    return ", ".join(str(address) for address in (config.to4, config.to6) if address is not None)
 
 
 def _hops(forward: Forward, stops: Stops, backend: Backend) -> Iterator[Check]:

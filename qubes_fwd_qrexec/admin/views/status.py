@@ -278,7 +278,10 @@ def text(found: Status, style: Style) -> str:
 
 def left(due: Collection[Step], found: Status | None) -> Iterator[str]:
     """A sentence for each thing that is in force, or goes on, and should not."""
-    yield from (escaped(_leftover(*each)) for each in _leftovers(due))
+    for qube, what in _leftovers(due):
+        does = "forward" if is_nft_key(what) else "listen for"
+        has = f"dom0's policy allows '{what}'" if qube is None else f"{qube} is told to {does} {what}"
+        yield escaped(f"No rule asks for this: {has}; 'qvm-forward apply' ends it.")
     if found is not None:
         yield from found.by_nft.left()
         for each in found.goes_on:
@@ -294,12 +297,6 @@ def _leftovers(due: Collection[Step]) -> Iterator[tuple[QubeName | None, str]]:
             yield from ((None, " ".join(line.split())) for line in step.lines)
         elif step.kind is Kind.REMOVE_CONFIG:
             yield step.qube, step.key.removeprefix(CONFIG_PREFIX)
-
-
-def _leftover(qube: QubeName | None, what: str) -> str:
-    does = "forward" if is_nft_key(what) else "listen for"
-    found = f"dom0's policy allows '{what}'" if qube is None else f"{qube} is told to {does} {what}"
-    return f"No rule asks for this: {found}; 'qvm-forward apply' ends it."
 
 
 _VERDICTS = {True: "allows", False: "denies", None: "allows?"}
