@@ -9,7 +9,7 @@ from qubes_fwd_qrexec.admin.backend import PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
 from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.states import Forward, Key, State, Verdict
-from qubes_fwd_qrexec.admin.views import findings, nftstatus, reasons, render
+from qubes_fwd_qrexec.admin.views import nftstatus, reasons, render, showing
 from qubes_fwd_qrexec.admin.views.connected import Client
 from qubes_fwd_qrexec.admin.views.judged import together
 from qubes_fwd_qrexec.admin.views.nftstatus import Hop
@@ -99,7 +99,7 @@ def about(look: Look, figures: Figures | None, key: Key, now: float) -> About | 
     if forward is None:
         return None
     hops = _hops(figures, key)
-    found = findings.shown(forward, look.plan, look.snapshot.installed, now, _verdict(look, key))
+    found = showing.all_findings(forward, look.plan, look.snapshot.installed, now, _verdict(look, key))
     return About(
         *head,
         reasons.sentence(forward),

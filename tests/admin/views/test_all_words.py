@@ -10,7 +10,7 @@ from qubes_fwd_qrexec.admin.backend import NEW, PolicyFile
 from qubes_fwd_qrexec.admin.inventory import Qube
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import State, Verdict
-from qubes_fwd_qrexec.admin.views import findings, parser, reasons
+from qubes_fwd_qrexec.admin.views import parser, reasons, showing
 from qubes_fwd_qrexec.common.rules import Mode, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
 
@@ -79,5 +79,5 @@ def test_every_finding_has_words_and_what_stops_has_a_way_out(
                     PARSER.parse_args(arguments)
         assert reasons.sentence(forward)
         assert is_live or reasons.ways_out(forward)
-        shown = findings.shown(forward, planned, PolicyFile(policy.text(planned), NEW), NOW)
+        shown = showing.all_findings(forward, planned, PolicyFile(policy.text(planned), NEW), NOW)
         assert {one.name for one in shown if one.verdict is Verdict.STOPS} or is_live

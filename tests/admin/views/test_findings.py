@@ -10,8 +10,8 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import ANY, NEW, PolicyCall, PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.admin.views.findings import shown
 from qubes_fwd_qrexec.admin.views.judged import judged
+from qubes_fwd_qrexec.admin.views.showing import all_findings
 from qubes_fwd_qrexec.admin.views.tables import Check
 from qubes_fwd_qrexec.common.rules import NamedRule
 
@@ -27,7 +27,7 @@ def found(
     assert forward is not None
     if installed is None:
         installed = policy.text(planned)
-    return {one.name: one for one in shown(forward, planned, PolicyFile(installed, NEW), NOW)}
+    return {one.name: one for one in all_findings(forward, planned, PolicyFile(installed, NEW), NOW)}
 
 
 CASES = [
@@ -200,7 +200,7 @@ def test_policy_that_cannot_be_read_is_not_known(options: str) -> None:
     planned = plan([rule(options)], world(), NOW)
     (forward,) = planned
     verdict = PolicyVerdict(None, "only dom0 can read it")
-    one = shown(forward, planned, PolicyFile(None, ANY), NOW, verdict)[-1]
+    one = all_findings(forward, planned, PolicyFile(None, ANY), NOW, verdict)[-1]
     assert (one.name, one.verdict) == ("policy", "note")
     assert one.text.startswith("whether 30-forward.policy allows the call is not known")
 

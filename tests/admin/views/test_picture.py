@@ -11,8 +11,8 @@ from qubes_fwd_qrexec.admin.backend import NEW, PolicyFile
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Verdict
-from qubes_fwd_qrexec.admin.views.findings import shown
 from qubes_fwd_qrexec.admin.views.picture import picture
+from qubes_fwd_qrexec.admin.views.showing import all_findings
 from qubes_fwd_qrexec.common.rules import NamedRule
 
 
@@ -27,7 +27,7 @@ def drawn(
     planned = plan([named], inventory, NOW)
     text = policy.text(planned) if installed is None else installed
     (forward,) = planned
-    found = shown(forward, planned, PolicyFile(text, NEW), NOW)
+    found = all_findings(forward, planned, PolicyFile(text, NEW), NOW)
     is_allowed = found[-1].verdict is not Verdict.STOPS
     return picture(forward, inventory, is_allowed=is_allowed, width=width)
 
