@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.allowance import Allowance
 from qubes_fwd_qrexec.common.errors import StoreError
-from qubes_fwd_qrexec.common.nftconfig import parse_nft_key
+from qubes_fwd_qrexec.common.nftconfig import is_nft_key, parse_nft_key
 from qubes_fwd_qrexec.common.rules import Mode
 from qubes_fwd_qrexec.common.values import QubeName, parse_printable
 
 from . import policy
 from .backend import Backend, ChangedError, PolicyFile, put
-from .confirming import Place, Unconfirmed, is_nft, switched, unconfirmed, widens
+from .confirming import Place, Unconfirmed, switched, unconfirmed, widens
 from .inventory import CONFIG_PREFIX, RULE_PREFIX, Inventory
 from .revoking import Ended, allowances, drains, revoke, serving, targets_of
 from .snapshot import Snapshot, look
@@ -48,9 +48,9 @@ class Kind(StrEnum):
 
 
 class Step(NamedTuple):
-    """One change: of policy (``value`` is the whole new text, ``lines`` are those that go or come), of a
-    feature (``qube`` and ``key``; without a value it goes), or what targets are told of the calls to them
-    (``allowances``).
+    """One change: of policy (``value`` is the whole new text, ``lines`` are those that go or come), of what a
+    qube is told of a forward or a rule (``key`` is that of the configuration, or the rule's name; without a
+    value it goes), or of what targets are told of the calls to them (``allowances``).
     """
 
     kind: Kind
@@ -71,6 +71,11 @@ class Step(NamedTuple):
         return self.kind in (Kind.SET_CONFIG, Kind.REMOVE_CONFIG)
 
     @property
+    def feature(self) -> str:
+        """The feature that changes."""
+        return f"{CONFIG_PREFIX if self.tells else RULE_PREFIX}{self.key}"
+
+    @property
     def opens(self) -> bool:
         """Whether it lets in what was not, or lets a qube know of a forward that it did not."""
         return self.kind is Kind.OPEN_POLICY or (self.kind is Kind.SET_CONFIG and self.was is None)
@@ -78,7 +83,7 @@ class Step(NamedTuple):
     @property
     def narrows(self) -> bool:
         """Whether it closes, or changes what is open; not what lets in more packets, which need no policy."""
-        if self.kind is Kind.SET_CONFIG and is_nft((self.qube, self.key)):
+        if self.kind is Kind.SET_CONFIG and is_nft_key(self.key):
             return self.was is not None and not widens(self.key, self.was, self.value)
         return self.tells and not self.opens
 
@@ -123,18 +128,14 @@ def _without(forward: Forward, untold: Collection[Place]) -> Forward:
     """
     if not untold:
         return forward
-    left = tuple(
-        (qube, config)
-        for qube, config in forward.configs
-        if (qube, f"{CONFIG_PREFIX}{config.key}") not in untold
-    )
+    left = tuple((qube, config) for qube, config in forward.configs if (qube, config.key) not in untold)
     is_closed = forward.mode is Mode.NFT and left != forward.configs
     return forward._replace(configs=() if is_closed else left)
 
 
 def _keys(places: Iterable[Place]) -> set[Key]:
     """The rules by nft that qubes are told of there."""
-    return {parse_nft_key(key.removeprefix(CONFIG_PREFIX)) for _, key in places}
+    return {parse_nft_key(key) for _, key in places}
 
 
 def differences(
@@ -175,15 +176,13 @@ def differences(
         told = allowances(targets, new_lines, drains=drained, cuts_drains=plan.is_held)
         steps.append(Step(Kind.REVOKE, allowances=told))
     wanted = ending | {
-        (qube, f"{CONFIG_PREFIX}{config.key}"): str(config)
-        for forward in plan
-        for qube, config in forward.configs
+        (qube, config.key): str(config) for forward in plan for qube, config in forward.configs
     }
 
     def outermost_first(place: Place) -> tuple[int, Place]:
         return len(inventory.chain(place[0]).qubes), place
 
-    staying = {place for place in untold if not is_nft(place)}
+    staying = {place for place in untold if not is_nft_key(place[1])}
     for qube, key in sorted(present.keys() - wanted.keys() - staying, key=outermost_first):
         steps.append(Step(Kind.REMOVE_CONFIG, qube=qube, key=key, was=present[qube, key]))
     differing = (place for place, value in wanted.items() if value != present.get(place))
@@ -206,7 +205,7 @@ def _ends(plan: Plan) -> Iterator[Step]:
         target, name, rule = forward.named
         if forward.cause is Cause.EXPIRED and not rule.has_ended:
             line = str(replace(rule, has_ended=True))
-            yield Step(Kind.END_RULE, line, target, f"{RULE_PREFIX}{name}", str(rule))
+            yield Step(Kind.END_RULE, line, target, name, str(rule))
 
 
 def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) -> Outcome:
@@ -237,7 +236,7 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
             elif step.kind is Kind.REVOKE:
                 ended = revoke(step.allowances, backend)
             else:
-                put(backend, step.qube, step.key, step.value or None)
+                put(backend, step.qube, step.feature, step.value or None)
         except (StoreError, OSError) as error:
             is_overtaken = is_overtaken or isinstance(error, ChangedError)
             if step.kind is Kind.SET_CONFIG:
@@ -245,7 +244,7 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
                 may_open = may_open and step.opens
                 # It may have been set and not delivered; the next `differences` is to find it again.
                 with suppress(StoreError, OSError):
-                    put(backend, step.qube, step.key, step.was)
+                    put(backend, step.qube, step.feature, step.was)
             else:
                 problems.append(str(error))
                 undone.append(step)
@@ -326,7 +325,7 @@ def reconcile(
         is_settled = failed == untold and not outcome.is_overtaken and not confirmed
         # By nft it opens without a policy that would differ if its rule went or a hold began meanwhile.
         # Whoever did that closed what was there, so whatever came later is closed by another look.
-        lets_in = {place for place, value in taken.told.items() if value and is_nft(place)} - ending.keys()
+        lets_in = {at for at, value in taken.told.items() if value and is_nft_key(at[1])} - ending.keys()
         unsure += bool(lets_in)
         if _LOOKS in (overtaken, unsure) or (is_settled and not lets_in):
             break

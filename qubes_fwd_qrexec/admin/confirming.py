@@ -33,7 +33,7 @@ _TIMEOUT_S = 5.0
 # Of one qube, which may name as many as it likes.
 _DRAINS_MAX = 100
 Place = tuple[QubeName, str]
-"""Qube and feature by which it is told of a forward."""
+"""A qube, and the key of what it is told of a forward."""
 
 
 class Lack(StrEnum):
@@ -93,13 +93,10 @@ def _ask(backend: Backend, qube: QubeName, timeout_s: float | None) -> Answer:
 
 def unconfirmed(told: Mapping[Place, str | None], backend: Backend) -> tuple[Unconfirmed, ...]:
     """Ask all qubes of these places at once. ``told`` are the values there, or None where it was removed."""
-    places = {place: value for place, value in told.items() if is_nft(place)}
+    places = {place: value for place, value in told.items() if is_nft_key(place[1])}
     qubes = sorted({qube for qube, _ in places})
     answers = ask_all(backend, qubes, _TIMEOUT_S)
-    found = (
-        judged(place[0], _key(place), wanted(place, value), answers[place[0]])
-        for place, value in places.items()
-    )
+    found = (judged(qube, key, wanted(key, value), answers[qube]) for (qube, key), value in places.items())
     return tuple(each for each in found if each is not None)
 
 
@@ -126,12 +123,12 @@ def end_drains(doubts: Iterable[Unconfirmed], backend: Backend) -> tuple[Unconfi
     drains = (doubt for doubt in doubts if doubt.lack == Lack.DRAINS)
     of_each = groupby(drains, lambda doubt: doubt.qube)
     draining = [doubt for _, some in of_each for doubt in islice(some, _DRAINS_MAX)]
-    told = {(doubt.qube, f"{CONFIG_PREFIX}{doubt.key}"): _nothing(doubt.key) for doubt in draining}
+    told = {(doubt.qube, doubt.key): _nothing(doubt.key) for doubt in draining}
 
     def put_all(values: Mapping[Place, str | None]) -> None:
-        for (qube, feature), value in values.items():
+        for (qube, key), value in values.items():
             try:
-                put(backend, qube, feature, value)
+                put(backend, qube, f"{CONFIG_PREFIX}{key}", value)
             except StoreError as error:
                 problems.append(error)
 
@@ -158,24 +155,15 @@ def forwarding(inventory: Inventory) -> set[QubeName]:
         if qube.is_running
         and (
             qube.features.get(NFT_FEATURE)
-            or any(is_nft((qube.name, key)) for key in qube.configured)
+            or any(is_nft_key(key.removeprefix(CONFIG_PREFIX)) for key in qube.configured)
             or qube.problem is not None
         )
     }
 
 
-def is_nft(place: Place) -> bool:
-    """Whether a qube is told of a forward by nft there."""
-    return is_nft_key(_key(place))
-
-
-def _key(place: Place) -> str:
-    return place[1].removeprefix(CONFIG_PREFIX)
-
-
-def wanted(place: Place, value: str | None) -> NftConfig | None:
+def wanted(key: str, value: str | None) -> NftConfig | None:
     """What a qube is to have in force that was told this; None if that is nothing."""
-    config = None if value is None else NftConfig.parse(_key(place), value)
+    config = None if value is None else NftConfig.parse(key, value)
     # What `switched` writes is over since 1970.
     return None if config is None or config.expire == 1 else config
 
@@ -219,9 +207,9 @@ def _not_in_force(doubt: Unconfirmed, report: PathReport | None, answer: NftRepo
     return doubt._replace(said=refused)
 
 
-def lost(place: Place, was: str | None, value: str | None) -> frozenset[Loss]:
+def lost(key: str, was: str | None, value: str | None) -> frozenset[Loss]:
     """In what a qube that was told the one and then the other may let through less than before."""
-    new, key = wanted(place, value), _key(place)
+    new = wanted(key, value)
     if was is None or new is None:
         return frozenset(Loss) if new is None else frozenset()
     try:
@@ -230,11 +218,11 @@ def lost(place: Place, was: str | None, value: str | None) -> frozenset[Loss]:
         return frozenset(Loss)
 
 
-def widens(feature: str, was: str, value: str) -> bool:
+def widens(key: str, was: str, value: str) -> bool:
     """Whether a qube may let a packet through by what it is told that it did not before, or for longer."""
-    new = NftConfig.parse(feature.removeprefix(CONFIG_PREFIX), value)
+    new = NftConfig.parse(key, value)
     try:
-        old = NftConfig.parse(new.key, was)
+        old = NftConfig.parse(key, was)
     except ConfigError:
         return True
     return bool(old.lost(new))
@@ -246,10 +234,9 @@ def switched(planned: Plan, inventory: Inventory, closed: Iterable[Key] = ()) ->
     """
     waiting = {forward.named[:2] for forward in planned.live if forward.mode is Mode.QREXEC} - {*closed}
     found: dict[Place, str] = {}
-    for qube, feature, value in inventory.configurations():
-        key = _key((qube, feature))
+    for qube, key, value in inventory.configurations():
         with suppress(ConfigError):
             if is_nft_key(key) and parse_nft_key(key) in waiting:
                 over = replace(NftConfig.parse(key, value), expire=1, on_expire=OnExpire.CUT)
-                found[qube, feature] = str(over)
+                found[qube, key] = str(over)
     return found

@@ -20,6 +20,7 @@ from . import policy, snapshot
 from .apply import Applied, reconcile
 from .backend import ANY, Backend
 from .confirming import Lack, Unconfirmed, end_drains, forwarding, not_closed
+from .inventory import CONFIG_PREFIX
 from .revoking import Ended, allowances, revoke, serving
 from .states import Plan
 
@@ -82,7 +83,8 @@ def _take_all(problems: list[str], backend: Backend) -> None:
     """Take away all that qubes are told, whatever the rules ask for; a failure at one keeps no other."""
     inventory = _tried(problems, "read all qubes, to tell them of no forward", backend.inventory)
     for qube, key, _ in () if inventory is None else inventory.configurations():
-        _tried(problems, f"{qube}: take away {key}", partial(backend.remove_feature, qube, key))
+        feature = f"{CONFIG_PREFIX}{key}"
+        _tried(problems, f"{qube}: take away {feature}", partial(backend.remove_feature, qube, feature))
 
 
 def _end_calls(targets: Iterable[QubeName], backend: Backend) -> dict[QubeName, Ended]:

@@ -189,11 +189,11 @@ class Inventory(NamedTuple):
         return "" if system == _LINUX else system
 
     def configurations(self) -> Iterator[tuple[QubeName, str, str]]:
-        """What qubes are told of forwards: the qube, name and value of the feature."""
+        """What qubes are told of forwards: the qube, the key of a configuration, and its text."""
         for qube in self.qubes.values():
             for key, value in qube.features.items():
                 if is_configuration(key):
-                    yield qube.name, key, value
+                    yield qube.name, key.removeprefix(CONFIG_PREFIX), value
 
     def tunnel_marks(self, name: QubeName) -> Iterator[TunnelMark]:
         """Every mark that says that this qube is a tunnel for those behind it."""

@@ -20,7 +20,7 @@ from qubes_fwd_qrexec.common.values import Proto, QubeName, TargetPorts
 from . import policy
 from .answers import AnswerError, NotRunningError, at_once
 from .backend import Backend
-from .inventory import ADMIN, CONFIG_PREFIX, TEMPLATE, Inventory
+from .inventory import ADMIN, TEMPLATE, Inventory
 
 # How long a mux call goes on without dom0 being asked: `callservice.LEASE_S` of the target.
 LEASE_S = 300
@@ -102,7 +102,7 @@ def drains(inventory: Inventory) -> set[tuple[QubeName, Calls]]:
     drained: set[tuple[QubeName, Calls]] = set()
     for exposed, key, value in inventory.configurations():
         try:
-            config = ListenerConfig.parse(key.removeprefix(CONFIG_PREFIX), value)
+            config = ListenerConfig.parse(key, value)
         except ConfigError:
             continue
         if config.proto is Proto.UDP and not inventory.offers(config.target, config.service):

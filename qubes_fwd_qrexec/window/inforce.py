@@ -8,7 +8,6 @@ from enum import Enum, auto
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import Kind, Step
-from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.states import Config, Forward, Key, Plan
 from qubes_fwd_qrexec.common.config import ListenerConfig, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError
@@ -52,7 +51,7 @@ def differing(plan: Plan, due: Iterable[Step]) -> Mapping[Key, InForce]:
                 if not lines.isdisjoint(policy.lines(forward)):
                     found.setdefault(key, InForce(Force.NOT_YET))
         elif step.tells:
-            entry = step.key.removeprefix(CONFIG_PREFIX)
+            entry = step.key
             with suppress(ConfigError):  # an entry that no release of ours has written
                 key = parse_nft_key(entry) if is_nft_key(entry) else parse_key(entry)[:2]
                 was = found.setdefault(key, InForce(Force.NOT_YET))

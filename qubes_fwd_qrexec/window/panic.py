@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin.apply import Kind, Outcome, Step
 from qubes_fwd_qrexec.admin.confirming import Unconfirmed
+from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, RULE_PREFIX
 from qubes_fwd_qrexec.admin.revoking import Ended
 from qubes_fwd_qrexec.admin.views import confirmed, steps
 from qubes_fwd_qrexec.admin.views.listeners import GoesOn
@@ -162,7 +163,8 @@ def _step(data: dict[str, Any]) -> Step:
         return Step(kind, allowances=told)
     if kind in (Kind.CLOSE_POLICY, Kind.OPEN_POLICY):
         return Step(kind, lines=(*data["remove"], *data["add"]))
-    return Step(kind, data.get("value", ""), data["qube"], data["feature"], data["was"])
+    key = data["feature"].removeprefix(CONFIG_PREFIX).removeprefix(RULE_PREFIX)
+    return Step(kind, data.get("value", ""), data["qube"], key, data["was"])
 
 
 def _goes_on(service: str, proto: str, **more: Any) -> GoesOn:

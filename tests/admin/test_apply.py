@@ -210,7 +210,7 @@ def test_of_both_protocols_the_one_that_can_be_told_stays_open(was: str) -> None
     tcp, _ = plan([now], world(), NOW).forwards[0].listener_configs
     assert backend.qubes[QubeName("sys-net")][CONFIG] == str(tcp)
     assert outcome.problems == (f"cannot set sys-net {UDP_CONFIG}",)
-    assert [step.key for step in outcome.undone] == [UDP_CONFIG]
+    assert [step.feature for step in outcome.undone] == [UDP_CONFIG]
     backend.refuses = lambda entry: False
     assert applied(backend, now).problems == ()
     assert len(policy.allowing(backend.policy)) == 2

@@ -112,12 +112,12 @@ def test_why_a_configuration_is_refused_is_what_the_qube_says() -> None:
 def test_each_qube_is_asked_once_and_only_where_it_is_about_packets() -> None:
     backend = by_nft()
     backend.reports = {NET: reports(), WORK: reports(CONFIGS[WORK])}
-    told: dict[tuple[QubeName, str], str | None] = {(qube, FEATURE): str(CONFIGS[qube]) for qube in PATH}
-    told |= {(NET, "vm-config.nft.work.other"): None, (WORK, "vm-config.fwd.work.web"): "x"}
+    told: dict[tuple[QubeName, str], str | None] = {(qube, KEY): str(CONFIGS[qube]) for qube in PATH}
+    told |= {(NET, "nft.work.other"): None, (WORK, "fwd.work.web"): "x"}
     assert [(each.qube, each.lack) for each in unconfirmed(told, backend)] == [(FIREWALL, Lack.NOT_IN_FORCE)]
     assert sorted(backend.log) == [f"call {qube} qubes.ForwardNft" for qube in sorted(PATH)]
     backend.log.clear()
-    assert unconfirmed({(WORK, "vm-config.fwd.work.web"): None}, backend) == ()
+    assert unconfirmed({(WORK, "fwd.work.web"): None}, backend) == ()
     assert backend.log == []
 
 
@@ -201,7 +201,7 @@ def test_packets_are_stopped_though_no_qube_can_be_told_what_is_allowed_now() ->
     assert f"cannot remove sys-firewall {FEATURE}" in outcome.problems
     # The others of its path have closed it.
     assert [qube for qube in PATH if FEATURE in backend.qubes[qube]] == [FIREWALL]
-    assert outcome.told == {(NET, FEATURE): None, (WORK, FEATURE): None}
+    assert outcome.told == {(NET, KEY): None, (WORK, KEY): None}
 
 
 class Unreadable(Memory):
@@ -231,12 +231,12 @@ def test_where_everything_may_be_on_hold_no_more_packets_are_let_through(now: st
     applied(backend, rule("mode=nft srchosts=10.0.0.0/8 expire=1893456000"))
     backend.is_readable = False
     outcome = applied(backend, rule(f"mode=nft {now}"))
-    assert list(outcome.told) == [(qube, FEATURE) for qube in (NET, FIREWALL, WORK)] * is_told
+    assert list(outcome.told) == [(qube, KEY) for qube in (NET, FIREWALL, WORK)] * is_told
     assert "dom0's policy cannot be read, and stays as it is: cannot read policy" in outcome.problems
 
 
 def test_what_a_qube_cannot_have_read_lets_nothing_through_yet() -> None:
-    assert widens(FEATURE, "version=0", str(CONFIG))
+    assert widens(KEY, "version=0", str(CONFIG))
 
 
 class HeldMeanwhile(Memory):

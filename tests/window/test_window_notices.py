@@ -204,7 +204,7 @@ def told_by(is_open: Look, planned: Plan, kind: StepKind = StepKind.REMOVE_CONFI
     """A plan while the listener still has what it was told before."""
     (forward,) = is_open.plan
     (config,) = forward.listener_configs
-    step = Step(kind, "x", QubeName("sys-net"), f"vm-config.{config.key}", str(config))
+    step = Step(kind, "x", QubeName("sys-net"), config.key, str(config))
     return of(planned, due=(step,))
 
 

@@ -11,7 +11,6 @@ from qubes_fwd_qrexec.admin import changing
 from qubes_fwd_qrexec.admin.apply import Kind
 from qubes_fwd_qrexec.admin.changing import Changed, System
 from qubes_fwd_qrexec.admin.confirming import Lack, Place, Unconfirmed, unconfirmed
-from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.revoking import DRAIN_S
 from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.snapshot import ByName, parse_new_name
@@ -102,7 +101,7 @@ def _perhaps_draining(changed: Changed, now: float) -> dict[Place, str | None]:
         (target, name, rule), new = old.named, changed.plan.find(*old.named[:2])
         is_live_again = new is not None and bool(new.nft_configs)
         if rule.on_expire is OnExpire.DRAIN and (rule.expire or now) + DRAIN_S > now and not is_live_again:
-            found |= {(qube, f"{CONFIG_PREFIX}nft.{target}.{name}"): None for qube in (*old.hops, target)}
+            found |= {(qube, f"nft.{target}.{name}"): None for qube in (*old.hops, target)}
     return found
 
 
@@ -341,7 +340,7 @@ def _others(after: After) -> Iterator[str]:
     for step in after.changed.outcome.done:
         if not step.tells:
             continue
-        text, key, forward = step.key.removeprefix(CONFIG_PREFIX), None, None
+        text, key, forward = step.key, None, None
         with suppress(ConfigError):
             key = parse_nft_key(text) if is_nft_key(text) else parse_key(text)[:2]
             forward = after.changed.plan.find(*key)

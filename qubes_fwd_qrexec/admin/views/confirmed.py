@@ -9,10 +9,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 
 from qubes_fwd_qrexec.admin.apply import Outcome
-from qubes_fwd_qrexec.admin.confirming import Lack, Place, Unconfirmed, is_nft, lost, unconfirmed, wanted
-from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
+from qubes_fwd_qrexec.admin.confirming import Lack, Place, Unconfirmed, lost, unconfirmed, wanted
 from qubes_fwd_qrexec.common.errors import ConfigError
-from qubes_fwd_qrexec.common.nftconfig import Loss, NftConfig, parse_nft_key
+from qubes_fwd_qrexec.common.nftconfig import Loss, NftConfig, is_nft_key, parse_nft_key
 from qubes_fwd_qrexec.common.nftreport import Why
 
 from .session import Session
@@ -66,17 +65,17 @@ def still_open(doubts: Collection[Unconfirmed], told: Told, before: Told) -> tup
     by_place = {(doubt.qube, doubt.key): doubt for doubt in doubts}
     closed, taken = set[str](), dict[str, frozenset[Loss]]()
     for place, value in told.items():
-        doubt = by_place.get((place[0], key := place[1].removeprefix(CONFIG_PREFIX)))
-        if not is_nft(place) or (doubt is not None and (doubt.may_have_other or not doubt.is_opening)):
+        doubt, key = by_place.get(place), place[1]
+        if not is_nft_key(key) or (doubt is not None and (doubt.may_have_other or not doubt.is_opening)):
             continue
-        if wanted(place, value) is None:
+        if wanted(key, value) is None:
             closed.add(key)
         else:
-            taken[key] = taken.get(key, frozenset()) | lost(place, before.get(place), value)
+            taken[key] = taken.get(key, frozenset()) | lost(key, before.get(place), value)
     found = []
     for doubt in doubts:
         if doubt.is_opening:
-            place = doubt.qube, f"{CONFIG_PREFIX}{doubt.key}"
+            place = doubt.qube, doubt.key
             left = _lost(doubt, told.get(place), before.get(place))
             is_open = not left <= taken.get(doubt.key, frozenset()) - {Loss.WAY}
         else:
@@ -92,7 +91,7 @@ def _lost(doubt: Unconfirmed, value: str | None, was: str | None) -> frozenset[L
         return frozenset()
     if doubt.digest is not None and doubt.digest != _digest(doubt.key, was):
         return frozenset(Loss)  # by an entry that nobody knows
-    return lost((doubt.qube, f"{CONFIG_PREFIX}{doubt.key}"), was, value)
+    return lost(doubt.key, was, value)
 
 
 def _digest(key: str, was: str | None) -> str | None:
@@ -103,7 +102,7 @@ def _digest(key: str, was: str | None) -> str | None:
 
 def let_in(doubt: Unconfirmed, before: Told) -> str:
     """What a qube may still let in by what it was told before; empty if that is not known."""
-    was = before.get((doubt.qube, f"{CONFIG_PREFIX}{doubt.key}"))
+    was = before.get((doubt.qube, doubt.key))
     if was is None or doubt.digest not in (None, _digest(doubt.key, was)):
         return ""
     try:
@@ -117,9 +116,10 @@ def let_in(doubt: Unconfirmed, before: Told) -> str:
 def silent(doubts: Collection[Unconfirmed], told: Told) -> list[Unconfirmed]:
     """The doubts about all of a qube as doubts about its forwards, where no other qube has closed those."""
     paths: dict[str, list[Unconfirmed | None]] = {}
-    for qube, feature in filter(is_nft, told):
-        doubt = next((doubt for doubt in doubts if doubt.qube == qube), None)
-        paths.setdefault(feature.removeprefix(CONFIG_PREFIX), []).append(doubt)
+    for qube, key in told:
+        if is_nft_key(key):
+            doubt = next((doubt for doubt in doubts if doubt.qube == qube), None)
+            paths.setdefault(key, []).append(doubt)
     found = [doubt for doubt in doubts if doubt.key]
     for key, path in paths.items():
         if all(path):

@@ -16,7 +16,6 @@ from qubes_fwd_qrexec.admin import confirming
 from qubes_fwd_qrexec.admin.answers import both
 from qubes_fwd_qrexec.admin.apply import Kind, Step, differences
 from qubes_fwd_qrexec.admin.backend import Backend, PolicyVerdict
-from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State, Verdict
 from qubes_fwd_qrexec.common.clientreport import CLIENTS
@@ -296,7 +295,7 @@ def _leftovers(due: Collection[Step]) -> Iterator[tuple[QubeName | None, str]]:
         if step.kind is Kind.CLOSE_POLICY:
             yield from ((None, " ".join(line.split())) for line in step.lines)
         elif step.kind is Kind.REMOVE_CONFIG:
-            yield step.qube, step.key.removeprefix(CONFIG_PREFIX)
+            yield step.qube, step.key
 
 
 _VERDICTS = {True: "allows", False: "denies", None: "allows?"}

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from qubes_fwd_qrexec.admin.apply import Kind, Outcome, Step
-from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, RULE_PREFIX
 from qubes_fwd_qrexec.admin.revoking import LEASE_S, Ended
 from qubes_fwd_qrexec.common.allowance import Allowance
 from qubes_fwd_qrexec.common.errors import StoreError
@@ -24,8 +23,8 @@ def words(step: Step) -> list[str]:
     if step.kind is Kind.REVOKE:
         return [f"{target}: {_ends(allowance)}" for target, allowance in step.allowances.items()]
     if step.kind is Kind.END_RULE:
-        return [f"{step.qube} {step.key.removeprefix(RULE_PREFIX)}: its time is over, and it stays ended"]
-    key = step.key.removeprefix(CONFIG_PREFIX)
+        return [f"{step.qube} {step.key}: its time is over, and it stays ended"]
+    key = step.key
     if is_nft_key(key):
         if step.kind is Kind.REMOVE_CONFIG:
             return [f"{step.qube}: let no packets through for {key}"]
@@ -58,7 +57,7 @@ def as_json(step: Step) -> dict[str, Any]:
             "step": step.kind,
             "allowances": {target: str(allowance) for target, allowance in step.allowances.items()},
         }
-    found: dict[str, Any] = {"step": step.kind, "qube": step.qube, "feature": step.key, "was": step.was}
+    found: dict[str, Any] = {"step": step.kind, "qube": step.qube, "feature": step.feature, "was": step.was}
     return found if step.kind is Kind.REMOVE_CONFIG else found | {"value": step.value}
 
 
