@@ -10,7 +10,8 @@ class ExitStatus(IntEnum):
     """The exit statuses with a meaning; the first four are qrexec's (libqrexec/qrexec.h)."""
 
     NO_ROOM = 1
-    """From qrexec-client-vm itself, before the call is through: most likely no memory for its vchan."""
+    """From qrexec-client-vm itself, before the call is through: most likely no memory for its vchan, or
+    the target has not taken it (docs/facts.md, Q3)."""
     TROUBLE = 125
     """No connection to the target, or with qubes.ConnectTCP no connection from it to its server."""
     REFUSED = 126
@@ -30,7 +31,8 @@ class ExitStatus(IntEnum):
 
 
 _MEANINGS = {
-    ExitStatus.NO_ROOM: "this qube has no room for another vchan; parameter limit of xen-gntalloc gives more",
+    ExitStatus.NO_ROOM: "this qube has no room for another vchan, of which parameter limit of xen-gntalloc "
+    "gives more, or the target did not take the call",
     ExitStatus.TROUBLE: "the call failed: the target cannot be reached, or nothing listens on its port",
     ExitStatus.REFUSED: "dom0's policy refuses the call, or there are too many",
     ExitStatus.NO_SERVICE: "the target does not have the service",
