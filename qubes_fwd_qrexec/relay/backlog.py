@@ -18,8 +18,7 @@ from .loop import End, Loop
 # 2 MiB at 100 MiB/s), and never behind bulk streams. Those are not read while the call has not taken all that
 # is queued, so that a keystroke waits for one turn of one of them.
 MAX_BYTES = 512 << 10
-# What a stream sends in one turn at most: so many of the longest frames, which go out in one write. That is
-# about as much as the socket buffers on its way hold.
+# What a stream sends in one turn at most: so many of the longest frames, which go out in one write.
 BULK_FRAMES = 8
 TURN_BYTES = BULK_FRAMES * MAX_DATA_BYTES
 
@@ -49,6 +48,8 @@ class Backlog(CallWriter):
         broken: Callable[[], None],
         fail: End,
     ) -> None:
+        # A turn then goes out in one write: the kernel doubles this, for what it needs beside the bytes.
+        sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, TURN_BYTES)
         super().__init__(loop, connection, sink, ready, broken, fail)
         self._connection = connection
         # A dict, because it is ordered and any sender can leave.

@@ -251,6 +251,7 @@ def test_nobody_waits_behind_those_who_have_nothing_to_send_any_more() -> None:
     """No second passes, which would give another two their turn: all have it as fast as the loop turns."""
     with no_fds_left(), MuxBench() as bench:
         bench.is_time_still = True
+        bench.near_sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # not all fit in there
         streams = [bench.join() for _ in range(30)]
         bench.loop.change(bench.far_call.fileno(), 0)
         for stream in streams:

@@ -11,7 +11,7 @@ from helpers import unix_pair
 from mux_bench import PORTS, MuxBench
 
 from qubes_fwd_qrexec.mux import HEADER_BYTES, MAX_DATA_BYTES, Connection, Hello, ResetCode
-from qubes_fwd_qrexec.relay.backlog import TURN_BYTES, Backlog
+from qubes_fwd_qrexec.relay.backlog import BULK_FRAMES, TURN_BYTES, Backlog
 from qubes_fwd_qrexec.relay.copy import abort, half_close
 from qubes_fwd_qrexec.relay.leg_end import LegEnd
 from qubes_fwd_qrexec.relay.loop import Loop
@@ -139,6 +139,11 @@ def test_what_the_call_does_not_take_at_once_is_kept_in_its_order(alone: Alone) 
     expected = b"".join(struct.pack(">I", number) * (len(frame) // 4) for number in range(count))
     assert got == expected
     assert alone.backlog.is_empty
+
+
+def test_a_whole_turn_goes_out_in_one_write(alone: Alone) -> None:
+    alone.backlog.send_now(memoryview(bytes(BULK_FRAMES * HEADER_BYTES + TURN_BYTES)))
+    assert alone.backlog.is_empty  # although nobody has read any of it
 
 
 def test_a_broken_call_is_reported_once(alone: Alone) -> None:
