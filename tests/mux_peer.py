@@ -25,7 +25,7 @@ _BUFFER_BYTES = 4608
 class PeerBench:
     """``mux`` is the end under test, of that role; ``peer`` is the other end's protocol, and no more."""
 
-    def __init__(self, role: Role) -> None:
+    def __init__(self, role: Role, max_streams: int = 100) -> None:
         self.clock = LoopClock()
         self.role = role
         self.origin = ORIGIN
@@ -36,7 +36,7 @@ class PeerBench:
         self._call, self._far_call = unix_pair()
         self._sink = self._call.dup()
         listener = Hello(WINDOW_MAX_BYTES, bytes(16))
-        target = Hello(WINDOW_MAX_BYTES, bytes(16), max_streams=100, lease_s=300)
+        target = Hello(WINDOW_MAX_BYTES, bytes(16), max_streams=max_streams, lease_s=300)
         own, other = (listener, target) if role is Role.LISTENER else (target, listener)
         connection = Connection(own, PORTS)
         self.mux = Mux(self.loop, connection, self._call, self._sink, self.budget, self.owner)

@@ -2,11 +2,12 @@
 """A mux instead of the exposed qube, and the target's end of the mux call, in one thread."""
 
 import contextlib
+import select
 import socket
 from collections.abc import Iterator
 
 from helpers import port_of, tcp_pair
-from mux_bench import ORIGIN, MuxBench
+from mux_bench import BOUND_S, ORIGIN, MuxBench
 
 from qubes_fwd_qrexec.common.values import TargetPorts
 from qubes_fwd_qrexec.mux import Connection, Hello, Origin, ProxyVersion, ResetCode
@@ -74,9 +75,15 @@ class ServiceBench(MuxBench):
         return self.near, self.service.mux
 
     def connect(
-        self, port: int, proxy: ProxyVersion = ProxyVersion.OFF, origin: Origin = ORIGIN
+        self, port: int, proxy: ProxyVersion = ProxyVersion.OFF, origin: Origin = ORIGIN, first: bytes = b""
     ) -> tuple[socket.socket, Leg]:
+        """``first``: what the client has sent before anybody asks for its stream."""
         client, accepted = tcp_pair()
+        if first:
+            client.sendall(first)
+            arrived = select.poll()
+            arrived.register(accepted, select.POLLIN)
+            assert arrived.poll(1000 * BOUND_S)
         leg = self.near.open(port, origin, accepted, proxy)
         assert leg is not None
         return client, leg

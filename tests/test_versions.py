@@ -147,15 +147,17 @@ def test_a_target_refuses_a_call_that_is_newer_than_it(argument: str) -> None:
 
 
 def test_a_mux_call_begins_as_it_did() -> None:
-    begin = "01000028 00000000 716677642d6d7578 0001 0001 00100000"
-    listener = bytes.fromhex(begin + "00000000 00000000" + "6e" * 16)
-    target = bytes.fromhex(begin + "00000064 0000012c" + "6e" * 16)
-    assert wire.encode_hello(Hello(1 << 20, b"n" * 16)) == listener
-    assert wire.encode_hello(Hello(1 << 20, b"n" * 16, 100, 300)) == target
-    assert wire.decode_hello(target[8:]) == Hello(1 << 20, b"n" * 16, 100, 300)
+    for latest in (1, 2):
+        begin = f"01000028 00000000 716677642d6d7578 0001 {latest:04} 00100000"
+        listener = bytes.fromhex(begin + "00000000 00000000" + "6e" * 16)
+        target = bytes.fromhex(begin + "00000064 0000012c" + "6e" * 16)
+        assert wire.encode_hello(Hello(1 << 20, b"n" * 16, max_version=latest)) == listener
+        assert wire.encode_hello(Hello(1 << 20, b"n" * 16, 100, 300, 1, latest)) == target
+        assert wire.decode_hello(target[8:]) == Hello(1 << 20, b"n" * 16, 100, 300, 1, latest)
+    assert Hello(1 << 20, b"n" * 16).max_version == latest
 
 
-# One end of a later release, which speaks versions LOWEST to 2 and has more to say in its HELLO.
+# One end of a later release, which speaks versions LOWEST to 3 and has more to say in its HELLO.
 _LATER = """
 import sys
 from functools import partial
@@ -163,7 +165,7 @@ from qubes_fwd_qrexec import service
 from qubes_fwd_qrexec.target import muxservice
 from qubes_fwd_qrexec.mux import connection, wire
 
-muxservice.Hello = partial(muxservice.Hello, min_version={lowest}, max_version=2)
+muxservice.Hello = partial(muxservice.Hello, min_version={lowest}, max_version=3)
 
 def encode_longer(hello):
     return wire.frame(wire.FrameType.HELLO, 0, encode(hello)[8:] + b"and more")
@@ -198,7 +200,7 @@ async def test_a_newer_listener_works_with_this_target(
     encode: Callable[[Hello], bytes] = wire.encode_hello
 
     def encode_newer(hello: Hello) -> bytes:
-        newer = Hello(hello.window_bytes, hello.nonce, hello.max_streams, hello.lease_s, 1, 2)
+        newer = Hello(hello.window_bytes, hello.nonce, hello.max_streams, hello.lease_s, 1, 3)
         return wire.frame(wire.FrameType.HELLO, 0, encode(newer)[8:] + b"and more")
 
     monkeypatch.setattr(wire, "encode_hello", encode_newer)
@@ -214,10 +216,10 @@ async def test_without_a_version_in_common_connections_are_reset_and_the_log_say
 ) -> None:
     port = free_port()
     configure(tmp_path / "config", port, port_of(server), transport="mux")
-    async with running_listener(tmp_path / "config", later_target(tmp_path, 2)):  # noqa: SIM117
+    async with running_listener(tmp_path / "config", later_target(tmp_path, 3)):  # noqa: SIM117
         async with await connect(port) as near:
             assert await is_reset(near)
-    assert any("speaks versions 2 to 2 of the mux protocol, this end 1 to 1" in m for m in caplog.messages)
+    assert any("speaks versions 3 to 3 of the mux protocol, this end 1 to 2" in m for m in caplog.messages)
 
 
 # Exposed qube and target to dom0

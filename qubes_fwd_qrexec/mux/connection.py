@@ -14,6 +14,7 @@ byte stream, and abort every stream of the mux.
 from qubes_fwd_qrexec.common.errors import LocalProtocolError
 
 from . import wire
+from .credit import first_cost
 from .incoming import Incoming
 from .limits import FRAME_COST_BYTES, HEADER_BYTES, MAX_DATA_BYTES, MIN_WINDOW_BYTES
 from .messages import Origin, ProxyVersion, ResetCode, Role
@@ -33,38 +34,50 @@ class Connection(Incoming):
     """
 
     def open_stream(
-        self, port: int, origin: Origin, credit: int, proxy: ProxyVersion = ProxyVersion.OFF
+        self,
+        port: int,
+        origin: Origin,
+        credit: int,
+        proxy: ProxyVersion = ProxyVersion.OFF,
+        first: bytes = b"",
     ) -> int:
         """Ask for a stream to ``port``, granting ``credit`` bytes to the target side; returns its id.
 
-        ``proxy``: the version of the PROXY header, made of ``origin``, that the server gets first.
-        Raises LocalProtocolError on the target side, without `open_room`, or for a port or credit out of
-        bounds.
+        ``proxy``: the version of the PROXY header, made of ``origin``, that the server gets first. ``first``:
+        what the stream begins with, at most `first_max` bytes; whoever asks again elsewhere needs them again.
+        Raises LocalProtocolError on the target side, without `open_room`, or for a port, credit or first
+        bytes out of bounds.
         """
         if self.open_room <= 0:
             raise LocalProtocolError("there is no room for another stream, or this is the target side")
         if port not in self._target_ports:
             raise LocalProtocolError(f"port {port} is none of this call's ports")
+        if len(first) > self.first_max:
+            raise LocalProtocolError(f"{len(first)} first bytes, where {self.first_max} may be sent")
         self._check_own_credit(credit)
         self._last_id += 1
-        self._streams[self._last_id] = Stream(0, credit, self._rapid.tick)
+        self._streams[self._last_id] = Stream(-first_cost(first), credit, self._rapid.tick)
         self.granted_bytes += credit
-        request = wire.OpenRequest(credit, port, origin, proxy)
-        self._outbox.add_control(wire.encode_open(self._last_id, request))
+        request = wire.OpenRequest(credit, port, origin, proxy, first)
+        self._outbox.add_control(wire.encode_open(self._last_id, request), len(first))
         return self._last_id
 
     def accept_stream(self, stream_id: int, credit: int) -> None:
-        """The server is connected: let data flow, granting ``credit`` bytes to the listener side.
+        """The server is connected: let data flow, granting ``credit`` bytes to the listener side, of which
+        the first bytes in OPEN have used some.
 
-        Raises LocalProtocolError if the peer did not ask for the stream, or it was answered before.
+        Raises LocalProtocolError if the peer did not ask for the stream, it was answered before, or the
+        credit does not cover the first bytes.
         """
         stream = self._streams.get(stream_id)
         if stream is None or self.role is not Role.TARGET:
             raise LocalProtocolError(f"there is no stream {stream_id} to accept")
         self._check_own_credit(credit)
+        if credit + stream.outstanding < 0:
+            raise LocalProtocolError(f"{credit} bytes do not cover the first bytes of stream {stream_id}")
         stream.move_local(FrameType.ACCEPT)
         stream.remote = Half.FLOWING
-        stream.outstanding = credit
+        stream.outstanding += credit
         self.granted_bytes += credit
         self._outbox.add_control(wire.encode_accept(stream_id, credit))
 

@@ -9,6 +9,11 @@ from qubes_fwd_qrexec.common.errors import RemoteProtocolError
 from .limits import FRAME_COST_BYTES, MAX_DATA_BYTES, MIN_CREDIT_BYTES
 
 
+def first_cost(first: bytes) -> int:
+    """What the first bytes of a stream cost in OPEN: as much as DATA, if there are any."""
+    return len(first) + FRAME_COST_BYTES if first else 0
+
+
 class Credit:
     """One stream's credit in both directions; one object, since thousands are held.
 

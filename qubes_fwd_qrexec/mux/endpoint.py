@@ -43,6 +43,8 @@ class Endpoint(ABC, Generic[_AnyEvent]):
         self.hello = hello
         self.peer: Hello | None = None
         """The peer's HELLO; None before it has arrived."""
+        self.version = 0
+        """The version in use; 0 before the peer's HELLO."""
         self._max_slots = hello.max_streams
         self.control_bound_bytes = self._control_bound()
         self._target_ports = target_ports
@@ -222,6 +224,7 @@ class Endpoint(ABC, Generic[_AnyEvent]):
         if peer.role is self.role:
             raise RemoteProtocolError(f"both ends say that they are the {peer.role.value} side")
         self.peer = peer
+        self.version = version
         self._max_slots = max(self._max_slots, peer.max_streams)
         self.control_bound_bytes = self._control_bound()
         return HelloReceived(peer, version)

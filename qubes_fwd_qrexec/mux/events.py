@@ -22,13 +22,15 @@ class HelloReceived:
 class OpenReceived:
     """The peer asks for a stream. Answer with `accept_stream`, or refuse it with `reset_stream`.
 
-    ``proxy``: the version of the PROXY header that the server gets first.
+    ``proxy``: the version of the PROXY header that the server gets first; then it gets ``first``,
+    which cost as much credit as DATA.
     """
 
     stream_id: int
     port: int
     origin: Origin
     proxy: ProxyVersion
+    first: bytes = b""
 
 
 @dataclass(slots=True)

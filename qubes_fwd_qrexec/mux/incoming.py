@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from qubes_fwd_qrexec.common.errors import RemoteProtocolError
 
 from . import wire
+from .credit import first_cost
 from .events import (
     AcceptReceived,
     CreditReceived,
@@ -120,10 +121,14 @@ class Incoming(Streams):
         request = wire.decode_open(untrusted_payload)
         self._check_request("OPEN", stream_id, request.port)
         self._check_peer_credit(request.credit)
+        if len(request.first) > self.first_max:
+            raise RemoteProtocolError(f"OPEN with first bytes in version {self.version}")
         self._last_id = stream_id
-        stream = self._streams[stream_id] = Stream(request.credit, 0, self._rapid.tick)
+        cost = first_cost(request.first)
+        stream = self._streams[stream_id] = Stream(request.credit, -cost, self._rapid.tick)
+        self.granted_bytes -= cost
         if self._drain_sent is None:
-            return OpenReceived(stream_id, request.port, request.origin, request.proxy)
+            return OpenReceived(stream_id, request.port, request.origin, request.proxy, request.first)
         # It crossed our GOAWAY. Until the listener side has seen that, each such stream holds a slot of its
         # own, as only frames that we sent later could free it. So there cannot be more of them than slots.
         self._late_opens += 1
@@ -141,7 +146,9 @@ class Incoming(Streams):
         self._last_accepted = max(self._last_accepted, stream_id)
         credit = wire.decode_number(untrusted_payload)
         self._check_peer_credit(credit)
-        stream.available = credit
+        stream.available += credit
+        if stream.available < 0:
+            raise RemoteProtocolError(f"ACCEPT with {credit} bytes, which do not cover the first bytes")
         if stream.is_discarding:
             return None
         stream.local = Half.FLOWING

@@ -7,8 +7,8 @@ this end alone.
 
 from typing import Final
 
-VERSION: Final = 1
-"""The only version of the protocol so far."""
+VERSION: Final = 2
+"""The latest version of the protocol. Version 1 is spoken too: it has no first bytes in OPEN."""
 
 HEADER_BYTES: Final = 8
 """Type, flags, length and stream; see SPEC.md, "Frames"."""
@@ -43,6 +43,10 @@ received, and no keystroke is answered with a frame of its own."""
 MIN_WINDOW_BYTES: Final = 2_048
 """The least initial credit apart from 0. With less than MIN_CREDIT_BYTES + FRAME_COST_BYTES a stream can stop
 for good: too little left to send a frame, too little consumed to send a CREDIT."""
+
+MAX_FIRST_BYTES: Final = MIN_WINDOW_BYTES - FRAME_COST_BYTES
+"""The most that OPEN may carry of a stream. Any initial credit but 0 covers it, and it holds a TLS greeting
+with post-quantum keys, or a small request of HTTP."""
 
 MAX_WINDOW_BYTES: Final = 1 << 24
 """The most credit that may be outstanding for one stream: 16 MiB last over 150 ms at 100 MiB/s, far more than

@@ -97,7 +97,7 @@ class Hello:
     nonce: bytes
     max_streams: int = 0
     lease_s: int = 0
-    min_version: int = VERSION
+    min_version: int = 1
     max_version: int = VERSION
 
     def __post_init__(self) -> None:

@@ -20,11 +20,11 @@ class Outbox:
         self.bytes_queued = 0
         self.control_bytes = 0
 
-    def add_control(self, frame: bytes) -> None:
-        """Queue a complete frame other than DATA or DATAGRAMS."""
+    def add_control(self, frame: bytes, first: int = 0) -> None:
+        """Queue a complete frame other than DATA or DATAGRAMS, of which ``first`` bytes are a stream's."""
         self._tail += frame
         self.bytes_queued += len(frame)
-        self.control_bytes += len(frame)
+        self.control_bytes += len(frame) - first
 
     def add_data(self, stream_id: int, payload: Buffer, length: int) -> None:
         """Queue a DATA frame whose ``payload`` has ``length`` bytes."""

@@ -12,7 +12,7 @@ from . import wire
 from .abuse import LateFrames, RapidResets
 from .endpoint import Endpoint
 from .events import Event
-from .limits import CONTROL_BYTES_PER_STREAM
+from .limits import CONTROL_BYTES_PER_STREAM, MAX_FIRST_BYTES
 from .messages import Hello, ResetCode
 from .reader import FrameReader
 from .states import Half
@@ -47,6 +47,11 @@ class Streams(Endpoint[Event]):
     @property
     def slots_taken(self) -> int:
         return len(self._streams)
+
+    @property
+    def first_max(self) -> int:
+        """How many bytes of a stream OPEN may have."""
+        return MAX_FIRST_BYTES if self.version > 1 else 0
 
     def send_limit(self, stream_id: int) -> int:
         """The longest payload that `send_data` takes for a stream now; at 0 wait for CreditReceived."""

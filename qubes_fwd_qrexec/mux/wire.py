@@ -7,16 +7,18 @@ passed `check_header`, and raise RemoteProtocolError if its values are invalid.
 
 from collections.abc import Callable
 from enum import IntEnum
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from struct import Struct
 from typing import Final, NamedTuple, TypeVar
 
 from qubes_fwd_qrexec.common.errors import LocalProtocolError, RemoteProtocolError
-from qubes_fwd_qrexec.common.values import IPAddress
+from qubes_fwd_qrexec.common.values import IPAddress, unmapped
 
 from .limits import (
     MAX_DATA_BYTES,
     MAX_DATAGRAM_BYTES,
+    MAX_FIRST_BYTES,
     MAX_HELLO_BYTES,
     MAX_SEGMENTS,
     SEGMENT_BYTES,
@@ -25,6 +27,8 @@ from .limits import (
 from .messages import FlowCode, Goaway, GoawayCode, Hello, Origin, ProxyVersion, ResetCode
 
 Buffer = bytes | bytearray | memoryview
+# Making one takes as long as all else that is done for an OPEN here, and the same ones come again.
+_ADDRESSES_MAX = 1024
 _T = TypeVar("_T")
 
 
@@ -50,13 +54,14 @@ class FrameType(IntEnum):
 
 
 class OpenRequest(NamedTuple):
-    """The payload of OPEN: the credit of the target side, the port, who connected, and the PROXY header that
-    tells the server."""
+    """The payload of OPEN: the credit of the target side, the port, who connected, the PROXY header that
+    tells the server, and the first bytes of the stream (not in version 1)."""
 
     credit: int
     port: int
     origin: Origin
     proxy: ProxyVersion
+    first: bytes = b""
 
 
 class FlowRequest(NamedTuple):
@@ -101,7 +106,7 @@ _SHARED_SHAPES: Final[Shapes] = {
     FrameType.GOAWAY << 8: (_GOAWAY.size, _GOAWAY.size, False),
 }
 STREAM_SHAPES: Final[Shapes] = _SHARED_SHAPES | {
-    FrameType.OPEN << 8: (_OPEN.size, _OPEN.size, True),
+    FrameType.OPEN << 8: (_OPEN.size, _OPEN.size + MAX_FIRST_BYTES, True),
     FrameType.ACCEPT << 8: (_U32.size, _U32.size, True),
     FrameType.DATA << 8: (1, MAX_DATA_BYTES, True),
     FrameType.CREDIT << 8: (_U32.size, _U32.size, True),
@@ -176,13 +181,14 @@ def decode_hello(untrusted_payload: Buffer, wanted_magic: bytes = MAGIC) -> Hell
 
 def encode_open(stream_id: int, request: OpenRequest) -> bytes:
     payload = _OPEN.pack(request.credit, request.port, *_pack_origin(request.origin), request.proxy)
-    return frame(FrameType.OPEN, stream_id, payload)
+    return frame(FrameType.OPEN, stream_id, payload + request.first)
 
 
 def decode_open(untrusted_payload: Buffer) -> OpenRequest:
-    credit, port, client, client_port, exposed, exposed_port, number = _OPEN.unpack(untrusted_payload)
-    origin = Origin(IPv6Address(client), client_port, IPv6Address(exposed), exposed_port)
-    return OpenRequest(credit, port, origin, _proxy_version(number))
+    credit, port, client, client_port, exposed, exposed_port, number = _OPEN.unpack_from(untrusted_payload)
+    origin = Origin(_address(client), client_port, _address(exposed), exposed_port)
+    first = bytes(untrusted_payload[_OPEN.size :])
+    return OpenRequest(credit, port, origin, _proxy_version(number), first)
 
 
 def encode_accept(stream_id: int, credit: int) -> bytes:
@@ -256,9 +262,7 @@ def decode_flow(untrusted_payload: Buffer) -> FlowRequest:
     proxy = _proxy_version(number)
     if proxy is ProxyVersion.V1:
         raise RemoteProtocolError("a FLOW with a PROXY header of version 1, which is for TCP alone")
-    return FlowRequest(
-        port, Origin(IPv6Address(client), client_port, IPv6Address(exposed), exposed_port), proxy
-    )
+    return FlowRequest(port, Origin(_address(client), client_port, _address(exposed), exposed_port), proxy)
 
 
 def encode_end(flow_id: int, code: FlowCode) -> bytes:
@@ -331,6 +335,11 @@ def _proxy_version(number: int) -> ProxyVersion:
         return ProxyVersion(number)
     except ValueError as error:
         raise RemoteProtocolError(f"unknown PROXY version {number}") from error
+
+
+@lru_cache(_ADDRESSES_MAX)
+def _address(packed: bytes) -> IPAddress:
+    return unmapped(IPv6Address(packed))
 
 
 def _pack_address(address: IPAddress) -> bytes:

@@ -96,17 +96,29 @@ class Leg(WatchedSocket):
         """Whether a write has failed: the local peer takes nothing more."""
         return self._broken_by != 0
 
-    def wait(self) -> None:
-        """The stream was asked for: nothing is read before it is accepted, but an abort is noticed."""
+    def wait(self, first: int) -> None:
+        """The stream was asked for, with so many bytes that the socket still has.
+
+        Nothing is taken from it before the stream is accepted, but an abort is noticed.
+        """
+        self.sent = first
         self._watch(0)
 
     def join(self) -> None:
         """The stream is accepted and the socket connected: let bytes flow."""
         self.is_joined = True
-        self._watch(READ)
+        left = self.sent
+        try:
+            while left and (count := self.sock.recv_into(self._owner.payload_buffer, left)):
+                left -= count  # the other end has these first bytes
+        except OSError:
+            self.abort_from_here()
+        else:
+            self._watch(READ)
 
     def leave(self) -> None:
-        """The stream was refused: it ends here, and the socket stays open."""
+        """The stream was refused: it ends here, and the socket stays open, with all that the client sent."""
+        self.sent = 0
         self.ended = LegEnd.REMOTE_RESET
         self._let_go()
 

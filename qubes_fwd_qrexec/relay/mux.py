@@ -34,7 +34,7 @@ from qubes_fwd_qrexec.mux import (
     ResetReceived,
 )
 
-from .backlog import BULK_FRAMES, Backlog
+from .backlog import BULK_FRAMES, MAX_BYTES, Backlog
 from .budget import Budget, Share
 from .idleness import HALF_CLOSE_S, Idleness
 from .leg import Leg
@@ -105,11 +105,25 @@ class Mux(MuxBase):
         window = self.share.admit()
         if not window:
             return None
-        stream_id = self.connection.open_stream(port, origin, window, proxy)
+        first = self._first_bytes(sock)
+        stream_id = self.connection.open_stream(port, origin, window, proxy, first)
         leg = self.legs[stream_id] = Leg(self, stream_id, window, sock)
-        leg.wait()
+        leg.wait(len(first))
         self._flush_soon()
         return leg
+
+    def _first_bytes(self, sock: socket.socket) -> bytes:
+        """What there is already, as far as OPEN takes it, so that a request need not wait for ACCEPT.
+
+        It stays in the socket until then, for another mux call where this one does not begin the stream.
+        """
+        most = self.connection.first_max
+        if not most or self.backlog.bytes_queued > MAX_BYTES:
+            return b""
+        try:
+            return sock.recv(most, socket.MSG_PEEK)
+        except OSError:  # nothing yet, or an abort, which the leg is told in the next turn
+            return b""
 
     def accept(self, stream_id: int, sock: socket.socket) -> Leg | None:
         """The server is connected: join the stream with ``sock``, which the leg owns then.

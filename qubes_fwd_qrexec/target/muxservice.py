@@ -65,8 +65,11 @@ class _Opening(Connecting):
         leg = mux.accept(event.stream_id, sock)
         if leg is None:
             abort(sock)
-        elif first := header(event.proxy, event.origin):
-            _tell(leg, first)
+            return
+        if told := header(event.proxy, event.origin):
+            _tell(leg, told)
+        if event.first and leg.ended is None:
+            leg.deliver((event.first,))
 
     def _not_connected(self, trouble: OSError) -> None:
         self.refuse(_REFUSALS.get(trouble.errno or 0, ResetCode.UNREACHABLE))

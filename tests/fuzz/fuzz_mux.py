@@ -154,7 +154,8 @@ def framed(recipe: bytes) -> bytes:
         untrusted_payload = recipe[3 : 3 + taken].rjust(length, b"\0")
         if kind == 2 and size < 240:
             credit = (0, 2048, WINDOW, 77)[size % 4]
-            request = wire.OpenRequest(credit, 8080 + size % 3, ORIGIN, ProxyVersion(size // 4 % 3))
+            proxy, first = ProxyVersion(size // 4 % 3), recipe[3 : 3 + taken]
+            request = wire.OpenRequest(credit, 8080 + size % 3, ORIGIN, proxy, first)
             untrusted_payload = wire.encode_open(1, request)[8:]
         elif kind == 13 and size < 240:
             flow = wire.FlowRequest(8080 + size % 3, ORIGIN, ProxyVersion(size // 4 % 3))

@@ -189,15 +189,15 @@ def test_a_second_hello_is_refused():
 
 
 def test_no_version_in_common_is_a_clear_error():
-    peer = wire.encode_hello(hello("target", min_version=2, max_version=9))
-    problem = "speaks versions 2 to 9 of the mux protocol, this end 1 to 1"
+    peer = wire.encode_hello(hello("target", min_version=3, max_version=9))
+    problem = "speaks versions 3 to 9 of the mux protocol, this end 1 to 2"
     refuses(fresh("listener"), peer, problem, GoawayCode.NO_COMMON_VERSION)
 
 
 def test_a_peer_of_a_later_version_is_understood():
     frame = wire.encode_hello(hello("target", max_version=7))
     [event] = feed(fresh("listener"), raw_frame(1, 0, frame[8:] + b"something new"))
-    assert (event.hello, event.version) == (hello("target", max_version=7), 1)
+    assert (event.hello, event.version) == (hello("target", max_version=7), 2)
 
 
 def test_a_pong_must_carry_the_pings_payload():

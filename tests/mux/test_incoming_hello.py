@@ -47,10 +47,10 @@ def test_a_second_hello_is_refused():
     refuses(ready("target"), wire.encode_hello(hello("listener")), "a second HELLO")
 
 
-@pytest.mark.parametrize(("lowest", "highest"), [(2, 2), (2, 9)])
+@pytest.mark.parametrize(("lowest", "highest"), [(3, 3), (3, 9)])
 def test_no_version_in_common_is_a_clear_error(lowest, highest):
     peer = wire.encode_hello(hello("target", min_version=lowest, max_version=highest))
-    problem = f"speaks versions {lowest} to {highest} of the mux protocol, this end 1 to 1"
+    problem = f"speaks versions {lowest} to {highest} of the mux protocol, this end 1 to 2"
     refuses(fresh("listener"), peer, problem, GoawayCode.NO_COMMON_VERSION)
 
 
@@ -64,9 +64,9 @@ def test_the_lower_of_the_highest_versions_is_used():
     [event] = feed(listener, wire.encode_hello(hello("target", max_version=2)))
     assert event.version == 2
     refuses(
-        fresh("listener", min_version=2, max_version=3),
+        fresh("listener", min_version=3, max_version=4),
         wire.encode_hello(hello("target")),
-        "versions 1 to 1 .* 2 to 3",
+        "versions 1 to 2 .* 3 to 4",
         GoawayCode.NO_COMMON_VERSION,
     )
 
@@ -77,4 +77,4 @@ def test_a_peer_of_a_later_version_is_understood():
     longer = raw_frame(1, 0, frame[8:] + b"something new")
     listener = fresh("listener")
     [event] = feed(listener, longer)
-    assert (event.hello, event.version) == (later, 1)
+    assert (event.hello, event.version) == (later, 2)

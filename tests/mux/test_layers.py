@@ -29,7 +29,17 @@ ORDER = [
     "__init__",
 ]
 # No I/O, no clock, no threads, no randomness: only what works on values.
-ALLOWED = {"abc", "collections.abc", "dataclasses", "enum", "ipaddress", "itertools", "struct", "typing"}
+ALLOWED = {
+    "abc",
+    "collections.abc",
+    "dataclasses",
+    "enum",
+    "functools",
+    "ipaddress",
+    "itertools",
+    "struct",
+    "typing",
+}
 
 
 def imports(name):

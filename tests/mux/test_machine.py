@@ -23,6 +23,7 @@ from qubes_fwd_qrexec.mux import (
     ResetCode,
     ResetReceived,
 )
+from qubes_fwd_qrexec.mux.limits import FRAME_COST_BYTES, MAX_FIRST_BYTES
 from qubes_fwd_qrexec.mux.messages import GoawayCode
 
 from .helpers import ORIGIN, PORTS, hello
@@ -78,7 +79,10 @@ class MuxCall(TwoEnds):
             assert end == TARGET
             # The listener side may have fewer by now: it hears of a last EOF before this end does.
             assert self.ends[TARGET].open_streams <= self.ends[TARGET].hello.max_streams
-            self.streams[event.stream_id][TARGET].is_asked = True
+            side = self.streams[event.stream_id][TARGET]
+            side.is_asked = True
+            side.got = event.first
+            side.unread = len(event.first) + FRAME_COST_BYTES if event.first else 0
             return
         if not hasattr(event, "stream_id"):
             assert isinstance(event, HelloReceived | PongReceived | GoawayReceived)
@@ -108,11 +112,14 @@ class MuxCall(TwoEnds):
                 assert other.said_reset or event.code is ResetCode.LEASE_OVER
                 side.got_reset = True
 
-    @rule(credit=st.sampled_from((0, 2048, WINDOW)))
-    def open(self, credit):
+    @rule(
+        credit=st.sampled_from((0, 2048, WINDOW)), first=st.sampled_from((b"", b"f", bytes(MAX_FIRST_BYTES)))
+    )
+    def open(self, credit, first=b""):
         if self.ends[LISTENER].open_room:
-            stream_id = self.ends[LISTENER].open_stream(8080, ORIGIN, credit)
+            stream_id = self.ends[LISTENER].open_stream(8080, ORIGIN, credit, first=first)
             self.streams[stream_id] = (Side(), Side())
+            self.streams[stream_id][LISTENER].sent = first
 
     @rule(number=PICK, credit=st.sampled_from((0, 2048, WINDOW)))
     def accept(self, number, credit):
@@ -122,6 +129,8 @@ class MuxCall(TwoEnds):
             lambda side: side.is_asked and not (side.is_open or side.said_reset or side.got_reset),
         )
         if stream_id:
+            if self.streams[stream_id][TARGET].got:
+                credit = max(credit, 2048)
             self.ends[TARGET].accept_stream(stream_id, credit)
             self.streams[stream_id][TARGET].is_open = True
 
@@ -157,7 +166,7 @@ class MuxCall(TwoEnds):
 
     @rule(end=ENDS, number=PICK, amount=st.sampled_from((1, 1000, WINDOW)))
     def consume(self, end, number, amount):
-        stream_id = self.pick(number, end, lambda side: side.unread)
+        stream_id = self.pick(number, end, lambda side: side.unread and side.is_open)
         if stream_id:
             side = self.streams[stream_id][end]
             amount = min(amount, side.unread)

@@ -25,7 +25,7 @@ def test_every_version_that_fits_may_be_offered():
     "changes",
     [
         {"min_version": 0},
-        {"min_version": 2},
+        {"min_version": 3},
         {"max_version": 65536},
         {"window_bytes": -1},
         {"window_bytes": 1},

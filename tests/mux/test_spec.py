@@ -63,7 +63,8 @@ def encode(frame_type, values):
             return wire.encode_hello(Hello(**(values | {"nonce": bytes.fromhex(values["nonce"])})))
         case FrameType.OPEN:
             proxy = ProxyVersion(values["proxy"])
-            request = wire.OpenRequest(values["credit"], values["port"], origin_of(values), proxy)
+            first = bytes.fromhex(values.get("first", ""))
+            request = wire.OpenRequest(values["credit"], values["port"], origin_of(values), proxy, first)
             return wire.encode_open(stream_id, request)
         case FrameType.ACCEPT:
             return wire.encode_accept(stream_id, values["credit"])
@@ -126,8 +127,9 @@ def decode(frame):
             if hello.role is Role.TARGET:
                 values |= {"max_streams": hello.max_streams, "lease_s": hello.lease_s}
         case FrameType.OPEN:
-            credit, port, origin, proxy = wire.decode_open(payload)
+            credit, port, origin, proxy, first = wire.decode_open(payload)
             values |= {"credit": credit, "port": port, "proxy": proxy} | decode_origin(origin)
+            values |= {"first": first.hex()} if first else {}
         case FrameType.ACCEPT:
             values["credit"] = wire.decode_number(payload)
         case FrameType.DATA:

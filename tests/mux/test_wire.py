@@ -5,7 +5,13 @@ from hypothesis import strategies as st
 
 from qubes_fwd_qrexec.common.errors import RemoteProtocolError
 from qubes_fwd_qrexec.mux import wire
-from qubes_fwd_qrexec.mux.limits import MAX_LEASE_S, MAX_STREAMS, MAX_WINDOW_BYTES, MIN_WINDOW_BYTES
+from qubes_fwd_qrexec.mux.limits import (
+    MAX_FIRST_BYTES,
+    MAX_LEASE_S,
+    MAX_STREAMS,
+    MAX_WINDOW_BYTES,
+    MIN_WINDOW_BYTES,
+)
 from qubes_fwd_qrexec.mux.messages import Goaway, GoawayCode, Hello, Origin, ProxyVersion, ResetCode
 from qubes_fwd_qrexec.mux.wire import FrameType
 
@@ -32,13 +38,13 @@ def test_a_hello_reads_back(value):
     frame = wire.encode_hello(value)
     assert wire.check_header(*header(frame)) is FrameType.HELLO
     assert wire.decode_hello(frame[8:]) == value
-    assert wire.decode_versions(frame[8:]) == (1, 1)
+    assert wire.decode_versions(frame[8:]) == (1, 2)
 
 
 @settings(derandomize=True)
-@given(ids, u32, ports, origins, st.sampled_from(ProxyVersion))
-def test_an_open_reads_back(stream_id, credit, port, origin, proxy):
-    request = wire.OpenRequest(credit, port, origin, proxy)
+@given(ids, u32, ports, origins, st.sampled_from(ProxyVersion), st.binary(max_size=MAX_FIRST_BYTES))
+def test_an_open_reads_back(stream_id, credit, port, origin, proxy, first):
+    request = wire.OpenRequest(credit, port, origin, proxy, first)
     frame = wire.encode_open(stream_id, request)
     assert wire.check_header(*header(frame)) is FrameType.OPEN
     assert header(frame)[2] == stream_id
@@ -93,7 +99,7 @@ def test_frames_without_values_have_their_type():
         (0x0100, 39, 0, "HELLO of 39 bytes"),
         (0x0100, 257, 0, "HELLO of 257 bytes"),
         (0x0200, 42, 1, "OPEN of 42 bytes"),
-        (0x0200, 44, 1, "OPEN of 44 bytes"),
+        (0x0200, 2028, 1, "OPEN of 2028 bytes"),
         (0x0300, 3, 1, "ACCEPT of 3 bytes"),
         (0x0500, 5, 1, "CREDIT of 5 bytes"),
         (0x0600, 1, 1, "EOF of 1 bytes"),
@@ -126,8 +132,8 @@ def test_a_hello_without_the_magic_is_the_peers_fault():
 
 
 def test_a_longer_hello_is_right_only_from_a_later_version():
-    later = wire.encode_hello(hello("target", max_version=2))[8:] + b"more"
-    assert wire.decode_hello(later) == hello("target", max_version=2)
+    later = wire.encode_hello(hello("target", max_version=3))[8:] + b"more"
+    assert wire.decode_hello(later) == hello("target", max_version=3)
     with pytest.raises(RemoteProtocolError, match="HELLO of 44 bytes"):
         wire.decode_hello(wire.encode_hello(hello("target"))[8:] + b"more")
 

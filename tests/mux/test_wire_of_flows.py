@@ -34,7 +34,7 @@ def test_a_hello_reads_back(value):
     assert type_of(frame) is FrameType.HELLO
     assert frame[8:16] == MAGIC_OF_DATAGRAMS
     assert wire.decode_hello(frame[8:], MAGIC_OF_DATAGRAMS) == value
-    assert wire.decode_versions(frame[8:], MAGIC_OF_DATAGRAMS) == (1, 1)
+    assert wire.decode_versions(frame[8:], MAGIC_OF_DATAGRAMS) == (1, 2)
 
 
 @settings(derandomize=True)

@@ -71,9 +71,8 @@ def test_nobody_listening_is_a_refusal_and_nothing_was_read() -> None:
     """docs/behaviours.md, 21: within no time at all by the loop's own clock."""
     port = free_port()
     with no_fds_left(), ServiceBench(TargetPorts(port, port)) as bench:
-        client, leg = bench.connect(port)
+        client, leg = bench.connect(port, first=b"unread")
         with client, leg.sock:
-            client.send(b"unread")
             bench.is_time_still = True
             bench.until(lambda: bench.near_owner.refusals)
             assert bench.near_owner.refusals == [(leg, ResetCode.REFUSED)]
