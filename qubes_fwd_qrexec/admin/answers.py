@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The answer of a called qube, read within bounds of size and time: it may send anything, or never end."""
 
+import os
+import select
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
-from subprocess import Popen
-from threading import Timer
-from typing import TypeVar
+from contextlib import contextmanager
+from subprocess import Popen, TimeoutExpired
+from threading import Lock, local
+from typing import IO, TypeVar
 
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
@@ -18,8 +20,9 @@ from .backend import Backend
 
 # A trial of a forward takes up to 3 s in its qube, and a call some tenths of a second.
 ANSWER_TIMEOUT_S = 8.0
-# More qubes than run on one machine; the others would wait for these.
-_AT_ONCE = 32
+_READ_BYTES = 1 << 16
+# docs/facts.md, Q5: of qrexec calls that begin together some fail from about ten on.
+CALLS_AT_ONCE = 8
 
 _K = TypeVar("_K")
 _T = TypeVar("_T")
@@ -54,27 +57,62 @@ def read_answer(
     if process.stdin is None or process.stdout is None:
         raise ValueError("a call's process has both pipes")
     with process:
-        # It ends every wait below.
-        timer = Timer(timeout_s, process.kill)
-        timer.start()
         try:
-            # One that ends without reading says why by its exit status.
-            with suppress(BrokenPipeError), process.stdin as stdin:
-                stdin.write(given.encode("ascii"))
-            untrusted_answer = process.stdout.read(max_bytes + 1)
+            untrusted_answer = _exchange(
+                process.stdin, process.stdout, given.encode("ascii"), max_bytes + 1, deadline
+            )
             if len(untrusted_answer) > max_bytes:
                 raise AnswerError(f"{what} said more than {max_bytes} bytes")
-            status = process.wait()
+            with waiting():
+                status = process.wait(max(0.0, deadline - time.monotonic()))
+        except (TimeoutError, TimeoutExpired):
+            raise AnswerError(f"{what} did not end within {timeout_s:g} s") from None
         finally:
-            timer.cancel()
             process.kill()
-    if time.monotonic() >= deadline:
-        raise AnswerError(f"{what} did not end within {timeout_s:g} s")
     if status != 0:
         is_older = status == ExitStatus.BAD_ARGUMENT
         why = ", as it does not understand that; its package is older than dom0's" if is_older else ""
         raise AnswerError(f"{what} ended with exit status {status}{why}", status)
     return untrusted_answer
+
+
+def _exchange(stdin: IO[bytes], stdout: IO[bytes], given: bytes, max_bytes: int, deadline: float) -> bytes:
+    """What is said to its end, or the first ``max_bytes``; what is given may be read or not. Raises
+    `TimeoutError`.
+    """
+    left, untrusted_said, is_over = memoryview(given), bytearray(), False
+    os.set_blocking(stdin.fileno(), False)
+    ends = select.poll()
+    ends.register(stdin, select.POLLOUT)
+    ends.register(stdout, select.POLLIN)
+    while not (is_over and stdin.closed):
+        left_s = deadline - time.monotonic()
+        with waiting():
+            ready = ends.poll(1000 * left_s) if left_s > 0 else []
+        if not ready:
+            raise TimeoutError
+        for fd, _ in ready:
+            if fd == stdout.fileno():
+                data = os.read(fd, min(_READ_BYTES, max_bytes - len(untrusted_said)))
+                untrusted_said += data
+                if len(untrusted_said) >= max_bytes:
+                    return bytes(untrusted_said)
+                if is_over := not data:
+                    ends.unregister(fd)
+            else:
+                left = left[_written(fd, left) :]
+                if not left:
+                    ends.unregister(fd)
+                    stdin.close()
+    return bytes(untrusted_said)
+
+
+def _written(fd: int, data: memoryview) -> int:
+    """How many bytes are done with: a call that ends without reading says why by its exit status."""
+    try:
+        return os.write(fd, data)
+    except BrokenPipeError:
+        return len(data)
 
 
 @contextmanager
@@ -106,10 +144,44 @@ def both(one: Callable[[], _K], other: Callable[[], _T]) -> tuple[_K, _T]:
 
 
 def at_once(ask: Callable[[_K], _T], questions: Collection[_K]) -> dict[_K, _T]:
-    """What ``ask`` returns for each. All are asked at once, by threads that end before this returns."""
+    """What ``ask`` returns for each, which is called in threads that end before this returns. Some are asked
+    at once: while one is `waiting`, another goes on.
+
+    Only one of them does anything else at a time. All those that want Python's lock keep the main loop of a
+    window from it, which gives it up in each call of GTK.
+    """
     if len(questions) < 2:
         return {question: ask(question) for question in questions}
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(min(_AT_ONCE, len(questions))) as pool:
-        return dict(zip(questions, pool.map(ask, questions), strict=True))
+    lock = Lock()
+
+    def asked(question: _K) -> _T:
+        with lock:
+            _thread.lock = lock
+            return ask(question)
+
+    with ThreadPoolExecutor(min(CALLS_AT_ONCE, len(questions))) as pool:
+        return dict(zip(questions, pool.map(asked, questions), strict=True))
+
+
+class _Thread(local):
+    """What a thread of `at_once` holds, but while it is `waiting`."""
+
+    lock: "Lock | None" = None  # Python 3.11 has no such type, but a function
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """In which a question waits for others, so that the next can be asked meanwhile."""
+    if (lock := _thread.lock) is None:
+        yield
+        return
+    lock.release()
+    try:
+        yield
+    finally:
+        lock.acquire()

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """An answer is read with bounds, whatever a real process does with its two ends."""
 
+import os
 from subprocess import PIPE, Popen
-from threading import Barrier
+from threading import Barrier, Lock
 
 import pytest
 
-from qubes_fwd_qrexec.admin.answers import AnswerError, ask_status, both, read_answer
+from qubes_fwd_qrexec.admin.answers import AnswerError, ask_status, at_once, both, read_answer, waiting
 from qubes_fwd_qrexec.common.values import QubeName
 
 BOUND_S = 60.0
@@ -40,10 +41,10 @@ def test_a_call_that_does_not_end_is_ended(script: str, given: str) -> None:
     assert (process.returncode, caught.value.status) == (-9, None)
 
 
-def test_an_endless_trickle_within_the_bound_is_ended() -> None:
-    process = shell("printf a; exec tail -f /dev/null")
+@pytest.mark.parametrize("script", ["printf a; exec tail -f /dev/null", "while printf a; do :; done"])
+def test_an_endless_trickle_within_the_bound_is_ended(script: str) -> None:
     with pytest.raises(AnswerError, match="did not end"):
-        read_answer(process, "", 100, "it", SHORT_S)
+        read_answer(shell(script), "", 1 << 30, "it", SHORT_S)
 
 
 @pytest.mark.parametrize("given", ["", "x" * 200_000])
@@ -70,6 +71,34 @@ def test_two_kinds_of_questions_are_asked_at_the_same_time() -> None:
         return 7
 
     assert both(one, other) == ("listeners", 7)
+
+
+def test_of_those_that_are_asked_at_once_all_wait_and_one_works() -> None:
+    together, at_work = Barrier(5, timeout=BOUND_S), Lock()
+
+    def work() -> None:
+        assert at_work.acquire(blocking=False), "another one works"
+        for _ in range(300):
+            os.stat("/")  # here others would begin
+        at_work.release()
+
+    def ask(number: int) -> int:
+        work()
+        with waiting():
+            together.wait()
+        work()
+        return -number
+
+    assert at_once(ask, range(5)) == {number: -number for number in range(5)}
+
+
+def test_one_that_fails_while_it_waits_holds_up_nobody() -> None:
+    def ask(number: int) -> int:
+        with waiting():
+            raise AnswerError(f"no {number}")
+
+    with pytest.raises(AnswerError, match=r"^no 0$"):
+        at_once(ask, range(20))
 
 
 @pytest.mark.parametrize("said", [b"\x1b[2J", b"{}"])

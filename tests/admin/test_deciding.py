@@ -8,7 +8,7 @@ import pytest
 from memory import Memory
 from worlds import NOW, nft_world, rule
 
-from qubes_fwd_qrexec.admin.answers import AnswerError
+from qubes_fwd_qrexec.admin.answers import AnswerError, waiting
 from qubes_fwd_qrexec.admin.deciding import Decision, decided
 from qubes_fwd_qrexec.admin.snapshot import look
 from qubes_fwd_qrexec.admin.states import Key
@@ -33,7 +33,8 @@ class Servers(Memory):
 
     def ask(self, qube: QubeName, service: str, *_: object, **__: object) -> bytes:
         self.log.append(f"{qube} {service}")
-        self._all.wait(10.0)
+        with waiting():
+            self._all.wait(10.0)
         if service.endswith(self._silent):
             raise AnswerError("it hangs")
         report = QubeReport(program="0.1", trial=Trial(Answer.REFUSED, Refusal.LOOPBACK, "the server"))

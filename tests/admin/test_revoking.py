@@ -7,7 +7,7 @@ import pytest
 from memory import Memory, applied, steps
 from worlds import NOW, qube, rule, world
 
-from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
+from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError, waiting
 from qubes_fwd_qrexec.admin.apply import Kind, differences
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import Inventory
@@ -292,7 +292,8 @@ def test_all_targets_are_told_at_once() -> None:
 
     class Slow(Memory):
         def ask(self, *args: object, **more: object) -> bytes:
-            together.wait()
+            with waiting():
+                together.wait()
             return self.answer
 
     names = [QubeName(name) for name in ("hidden", "vault", "work")]

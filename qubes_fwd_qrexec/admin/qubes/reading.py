@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+from qubes_fwd_qrexec.admin.answers import CALLS_AT_ONCE
 from qubes_fwd_qrexec.admin.inventory import ADMIN, Inventory, Qube, feature_matters, is_configuration
 from qubes_fwd_qrexec.common.values import QubeName, parse_address, parse_qube_name
 
@@ -22,9 +23,6 @@ from .errors import UnansweredError, asking_qubesd
 _NOT_RUNNING = ("Halted", "NA", "Crashed", "Dying")
 # qubes/vm/mix/net.py, appvm.py and dispvm.py: which classes always have these, be it with no value.
 _ALWAYS = {"netvm": ("AppVM", "DispVM", "StandaloneVM", "TemplateVM"), "template": ("AppVM", "DispVM")}
-# docs/facts.md, Q5: of qrexec calls that begin together some fail from about ten on. What a management qube
-# asks of qubesd are such calls too, and most of each is waiting.
-CALLS_AT_ONCE = 8
 
 
 def read_inventory(open_app: Callable[[], Any], here: QubeName | None, with_config: bool) -> Inventory:
@@ -43,6 +41,7 @@ def read_inventory(open_app: Callable[[], Any], here: QubeName | None, with_conf
     if here is None:
         found = list(map(read, vms))
     else:
+        # What a management qube asks of qubesd are such calls too, and most of each is waiting.
         with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
             found = list(pool.map(read, vms))
     return Inventory({qube.name: qube for qube in found if qube is not None}, here)

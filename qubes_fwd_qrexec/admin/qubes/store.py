@@ -6,7 +6,7 @@ are imported when the system is asked something.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
@@ -14,7 +14,13 @@ from threading import Semaphore
 from typing import Any
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError, read_answer
+from qubes_fwd_qrexec.admin.answers import (
+    CALLS_AT_ONCE,
+    AnswerError,
+    NotRunningError,
+    read_answer,
+    waiting,
+)
 from qubes_fwd_qrexec.admin.backend import WATCH_BUSY, Changes, PolicyCall, PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.common.errors import StoreError
@@ -25,7 +31,7 @@ from qubes_fwd_qrexec.system.lockfile import hold, is_held, why_not
 
 from . import policyapi
 from .errors import WHO_MAY, asking_qubesd, how_to_allow
-from .reading import CALLS_AT_ONCE, read_inventory
+from .reading import read_inventory
 
 # Root and the group qubes can write there, in dom0 (qubes-core-admin linux/system-config/tmpfiles-qubes.conf)
 # and in a qube (qubes-core-agent-linux vm-systemd/qubes-sysinit.sh); it is gone at boot, as a lock should be.
@@ -90,9 +96,13 @@ class QubesStore:
         self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
     ) -> bytes:
         try:
-            with self._room:
+            with waiting():
+                self._room.acquire()
+            try:
                 process = self._open_call(qube, service)
                 return read_answer(process, given, max_bytes, f"{service} in {qube}", timeout_s)
+            finally:
+                self._room.release()
         except AnswerError as error:
             if error.status != ExitStatus.REFUSED or self._here is None:
                 raise
@@ -109,8 +119,10 @@ class QubesStore:
     def _open_call(self, qube: QubeName, service: str) -> Any:
         """A process that is the call. Raises `NotRunningError`, which is certain, and `StoreError`."""
         app = self._open_app()
+        # From a management qube qubesd is as far away as any qube; in dom0 it answers at once.
+        asked = nullcontext() if self._here is None else waiting()
         try:
-            with asking_qubesd(service, qube, self._here):
+            with asking_qubesd(service, qube, self._here), asked:
                 return app.run_service(
                     qube,
                     service,

@@ -12,7 +12,7 @@ from fake_policy import FakePolicyClient
 from fake_process import FakeProcess
 from worlds import ADD, Command
 
-from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
+from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError, at_once
 from qubes_fwd_qrexec.admin.backend import PolicyCall
 from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 from qubes_fwd_qrexec.common.errors import StoreError
@@ -170,6 +170,24 @@ def test_a_management_qube_is_told_the_line_that_lets_it_end_mux_calls(
     with pytest.raises(AnswerError, match=f"this line allows it, .*'{STATUS_SERVICE} .* mgmt ") as asked:
         QubesStore().ask(WORK, ASK, 100)
     assert asked.value.way_out == "have that line in dom0's policy"
+
+
+def test_calls_of_a_management_qube_begin_beside_each_other(
+    lab: LabDirectory, policy_client: FakePolicyClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each asks of qubesd before is a call, too."""
+    app = FakeQubes(lab, connection="qrexec", name="mgmt")
+    together, run_service = Barrier(2, timeout=BOUND_S), app.run_service
+
+    def begin(*words: str, **options: int) -> FakeProcess:
+        together.wait()
+        return run_service(*words, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(app, "run_service", begin)
+    install(monkeypatch, app, policy_client)
+    store = QubesStore(lab.root)
+    names = (WORK, QubeName("sys-net"))
+    assert at_once(lambda qube: store.ask(qube, SERVICE, 100), names) == dict.fromkeys(names, ANSWER)
 
 
 def test_a_management_qube_is_told_that_it_cannot_call_itself(

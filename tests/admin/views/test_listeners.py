@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from worlds import NOW, OURS, only, qube, rule, world
 
-from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
+from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError, waiting
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE, Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Plan
@@ -342,7 +342,8 @@ def test_all_qubes_are_asked_at_once() -> None:
 
     class Slow:
         def ask(self, qube: QubeName, *_: object, **__: object) -> bytes:
-            together.wait()
+            with waiting():
+                together.wait()
             if qube == "vault":
                 raise SILENT
             return dump(OPEN.as_json())
