@@ -47,15 +47,14 @@ class Process:
             raise OSError("subprocess made no pipes")
         self._takes = {out.fileno(): self._reading.reported, err.fileno(): self._take_lines}
         self._files = (out, err)
-        # That it has ended is no end of its output, which a process that it has started may hold.
-        self._pidfd = os.pidfd_open(self._process.pid)
+        for fd in self._takes:
+            os.set_blocking(fd, False)
         self._sources = {fd: _watch(fd, partial(self._read, fd)) for fd in self._takes}
-        # After all that it has written, which is there when it has ended.
-        _watch(self._pidfd, self._end, GLib.PRIORITY_DEFAULT + 1)
+        # That it has ended is no end of its output, which a process that it has started may hold.
+        GLib.child_watch_add(GLib.PRIORITY_DEFAULT, self._process.pid, self._end)
 
     def _read(self, fd: int) -> bool:
         """Take what there is now; whether there will be more."""
-        os.set_blocking(fd, False)
         try:
             data = os.read(fd, _READ_BYTES)
         except BlockingIOError:
@@ -69,20 +68,24 @@ class Process:
         if lines := self._reading.said(data):
             self._said(lines)
 
-    def _end(self) -> bool:
-        for fd, source in self._sources.items():
+    def _end(self, _pid: int, status: int) -> None:
+        """GLib has waited for it, with that status as of `os.wait`."""
+        for fd, source in tuple(self._sources.items()):
             GLib.source_remove(source)
-            self._takes[fd](b"")
+            # A pipe holds no more than is read at once.
+            if self._read(fd):
+                self._takes[fd](b"")
         for file in self._files:
             file.close()
-        os.close(self._pidfd)
-        self._ended(self._reading.ended(self._process.wait()))
-        return False
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        self._ended(self._reading.ended(self._process.returncode))
 
 
-def _watch(fd: int, ready: Callable[[], bool], priority: int = GLib.PRIORITY_DEFAULT) -> int:
+def _watch(fd: int, ready: Callable[[], bool]) -> int:
     conditions = GLib.IOCondition.IN | GLib.IOCondition.HUP
-    return GLib.io_add_watch(GLib.IOChannel.unix_new(fd), priority, conditions, lambda *_: ready())
+    return GLib.io_add_watch(
+        GLib.IOChannel.unix_new(fd), GLib.PRIORITY_DEFAULT, conditions, lambda *_: ready()
+    )
 
 
 class Closing:
