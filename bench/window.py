@@ -104,6 +104,16 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def _spent(values: Mapping[str, Any]) -> str:
+    """What the longest turn of a phase was spent for."""
+    whole, own, queued = (1000 * values[key] for key in ("longest_s", "own_s", "queued_s"))
+    rest = max(0, whole - own - queued)
+    return (
+        f"of {whole:.0f} ms the main thread ran for {own:.0f} and waited {queued:.0f} for a processor, "
+        f"{rest:.0f} for Python's lock or the X server"
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Exit status 1 if a turn took longer than the goal."""
     parser = argparse.ArgumentParser(prog="python -m bench window", description=__doc__.split("\n")[0])
@@ -118,6 +128,10 @@ def main(argv: Sequence[str]) -> int:
     print(table(found))
     print(f"\n{RULES} rules over {QUBES} qubes. The start counts for no goal.")
     print("; ".join(f"{name}: {fact}" for name, fact in about.items()) + ".")
+    for kind, phases in found.items():
+        for phase, values in phases.items():
+            if 1000 * values["longest_s"] > _GOAL_MS:
+                print(f"{kind}, {phase}: {_spent(values)}")
     if args.where:
         for kind, phases in found.items():
             for phase, values in phases.items():

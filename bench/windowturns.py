@@ -33,13 +33,19 @@ Step = Callable[[], object] | float
 
 
 class Meter:
-    """How long the main loop was held up, phase by phase, in seconds; and with ``finds``, by what."""
+    """How long the main loop was held up, phase by phase, in seconds; and with ``finds``, by what.
+
+    Of the longest turn ``own_s`` is the main thread's time on a processor, and ``queued_s`` how long it
+    waited for one. For the rest it waited for Python's lock or the X server.
+    """
 
     def __init__(self, glib: Any, *, finds: bool) -> None:
         self.phases: dict[str, dict[str, Any]] = {}
         self.title = ""
         self._phase: dict[str, Any] | None = None
         self._last = time.perf_counter()
+        self._queue = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        self._spent = self._spending()
         self._main = threading.get_ident()
         self._where: Counter[str] = Counter()
         glib.timeout_add(BEAT_MS, self._beat, priority=glib.PRIORITY_HIGH)
@@ -49,7 +55,8 @@ class Meter:
     def begin(self, title: str) -> None:
         """What comes from now on belongs to that phase."""
         self.title = title
-        self._phase = self.phases.setdefault(title, {"longest_s": 0.0, "slow": 0, "s": 0.0, "where": {}})
+        figures = {"longest_s": 0.0, "own_s": 0.0, "queued_s": 0.0, "slow": 0, "s": 0.0, "where": {}}
+        self._phase = self.phases.setdefault(title, figures)
         self._where.clear()
         self._begun = time.perf_counter()
 
@@ -60,12 +67,18 @@ class Meter:
         self._phase = None
 
     def _beat(self) -> bool:
-        now = time.perf_counter()
-        late_s, self._last = now - self._last - BEAT_MS / 1000, now
+        now, spent, before = time.perf_counter(), self._spending(), self._spent
+        late_s, self._last, self._spent = now - self._last - BEAT_MS / 1000, now, spent
         if self._phase is not None:
-            self._phase["longest_s"] = max(self._phase["longest_s"], late_s)
             self._phase["slow"] += late_s > SLOW_S
+            if late_s > self._phase["longest_s"]:
+                self._phase["longest_s"] = late_s
+                self._phase["own_s"], self._phase["queued_s"] = spent[0] - before[0], spent[1] - before[1]
         return True
+
+    def _spending(self) -> tuple[float, float]:
+        """The main thread's seconds on a processor so far, and those for which it waited for one."""
+        return time.thread_time(), int(os.pread(self._queue, 100, 0).split()[1]) / 1e9
 
     def _find(self) -> None:
         """Where the main thread is while it is late."""
