@@ -2,13 +2,15 @@
 """Nothing is called closed while something flows: what remove, disable and panic say, and their status."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from answered import REPORT
 from faulty import Faulty
 from worlds import ADD, Command
 
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE
-from qubes_fwd_qrexec.common.report import DrainingReport, ForwardReport, ListenerReport, QubeReport, Way
+from qubes_fwd_qrexec.common.report import DrainingReport, ForwardReport, ListenerReport, QubeReport
 from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
@@ -30,20 +32,7 @@ def report(connections: int | None = None, draining: int | None = None) -> bytes
 
 
 def forward(connections: int) -> ForwardReport:
-    return ForwardReport(
-        target=PERSONAL,
-        name=NAME,
-        since=0,
-        connections=connections,
-        total=9,
-        refused={},
-        sent=0,
-        received=0,
-        transport=Transport.CALL,
-        way=Way.OPEN,
-        mux_calls=0,
-        is_listening=True,
-    )
+    return replace(REPORT, target=PERSONAL, name=NAME, connections=connections, transport=Transport.CALL)
 
 
 class Flowing(Faulty):

@@ -10,21 +10,19 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
+from answered import REPORT
 from helpers import free_port
 
 from qubes_fwd_qrexec.common.config import Service
 from qubes_fwd_qrexec.common.report import (
     Firewall,
     FirewallReport,
-    ForwardReport,
     ListenerReport,
     QubeReport,
-    Way,
     dump,
 )
-from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.services import SERVERS_FILE, STATUS_SERVICE
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab import daemon
 from qubes_fwd_qrexec.lab.knobs import Knobs
 from qubes_fwd_qrexec.lab.qube import QubeState
@@ -203,20 +201,6 @@ def test_a_port_that_the_firewall_keeps_closed_for_want_of_the_listener(lab: Lab
     assert "lets nobody in to a port that the listener does not listen on" in lab.wrong("firewall")
 
 
-LISTENING = ForwardReport(
-    target=QubeName("work"),
-    name=RuleName("web"),
-    since=1,
-    connections=0,
-    total=0,
-    refused={},
-    sent=0,
-    received=0,
-    transport=Transport.MUX,
-    way=Way.IDLE,
-    mux_calls=0,
-    is_listening=True,
-)
 IPV4 = ("--from=192.168.0.0/16",)
 IPV6 = ("--from=fd00::/8",)
 BOTH = (*IPV4, *IPV6)
@@ -249,7 +233,7 @@ def test_the_firewall_is_asked_for_the_families_that_the_forward_listens_on(
     status, said = lab.run("add", "work", ports, *sources, "--name=web")
     assert status == 0, said
     told = FirewallReport(ip, ip6)
-    listener = ListenerReport(since=1, forwards=(LISTENING,))
+    listener = ListenerReport(since=1, forwards=(REPORT,))
     lab.answers("sys-net", dump(QubeReport(program="1", listener=listener, firewall=told).as_json()))
     (step,) = [step for step in lab.diagnose() if step["step"] == "firewall"]
     assert (step["verdict"], step["text"]) == (verdict, f"the firewall of sys-net {words}")
@@ -308,7 +292,7 @@ def test_a_range_is_said_to_be_ports(lab: Lab) -> None:
     first = lab.port
     lab.add()
     assert lab.run("set", "work", "web", f"srcports={first}-{first + 1}", "dstports=1-2")[0] == 0
-    listener = ListenerReport(since=1, forwards=(LISTENING,))
+    listener = ListenerReport(since=1, forwards=(REPORT,))
     lab.answers("sys-net", dump(QubeReport(program="1", listener=listener).as_json()))
     found = next(step for step in lab.diagnose() if step["step"] == "listener")
     assert found["text"] == f"sys-net listens on ports {first}-{first + 1}"

@@ -6,6 +6,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from answered import REPORT
 from worlds import NOW, OURS, only, qube, rule, world
 
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError, waiting
@@ -34,10 +35,8 @@ from qubes_fwd_qrexec.common.report import (
     ListenerReport,
     Problem,
     QubeReport,
-    Way,
     dump,
 )
-from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName
 
 SYS_NET, PERSONAL, SSH = QubeName("sys-net"), QubeName("personal"), RuleName("ssh")
@@ -54,20 +53,7 @@ def planned(*rules: Any) -> Plan:
 
 
 def report(target: str = "work", name: str = "web", connections: int = 0) -> ForwardReport:
-    return ForwardReport(
-        target=QubeName(target),
-        name=RuleName(name),
-        since=0,
-        connections=connections,
-        total=9,
-        refused={},
-        sent=0,
-        received=0,
-        transport=Transport.MUX,
-        way=Way.OPEN,
-        mux_calls=1,
-        is_listening=True,
-    )
+    return replace(REPORT, target=QubeName(target), name=RuleName(name), connections=connections)
 
 
 def drain(connections: int, left_s: int = 3000) -> DrainingReport:
