@@ -10,8 +10,9 @@ from qubes_fwd_qrexec.mux import MIN_CREDIT_BYTES
 from .budget import FLOOR_BYTES, INITIAL_BYTES, Share
 
 # Half of a window is granted at a time. A stream that uses it up sooner than the first gets a larger window,
-# and one that takes longer than the second a smaller one.
-_FAST_S = 0.01
+# and one that takes longer than the second a smaller one. One of 64 bulk streams, at 3 MiB/s, still counts as
+# fast: with a small window it would move little each time.
+_FAST_S = 0.05
 _SLOW_S = 0.1
 
 
