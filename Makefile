@@ -43,7 +43,7 @@ demo: $(VENV)/.installed $(HANDOVER)
 	@$(VENV)/bin/qvm-forward-lab demo
 
 # As an installed window finds icons and catalogues.
-window-demo: $(VENV)/.installed build/locale
+window-demo: $(VENV)/.installed $(HANDOVER) build/locale
 	@tools/debian-packages --optional python3-gi gir1.2-gtk-3.0 adwaita-icon-theme
 	@XDG_DATA_DIRS="$(CURDIR):$${XDG_DATA_DIRS:-/usr/local/share:/usr/share}" QUBES_FORWARD_LOCALE=build/locale \
 		$(VENV)/bin/qvm-forward-lab window
@@ -80,7 +80,7 @@ pictures: $(VENV)/.dev build/locale
 bench: $(VENV)/.dev $(HANDOVER)
 	$(VENV)/bin/python -m bench $(ARGS)
 
-bench-quick: $(VENV)/.dev
+bench-quick: $(VENV)/.dev $(HANDOVER)
 	$(VENV)/bin/python -m bench guard $(ARGS)
 
 bench-all: $(VENV)/.dev $(HANDOVER)
@@ -101,7 +101,7 @@ fuzz: $(VENV)/.fuzz
 mutate: $(VENV)/.mutate
 	$(VENV)/bin/python tools/mutate.py $(ARGS)
 
-soak: $(VENV)/.installed
+soak: $(VENV)/.installed $(HANDOVER)
 	$(VENV)/bin/python -m soak --seconds $(or $(SECONDS),600) $(ARGS)
 
 translations:
