@@ -28,6 +28,10 @@ class Brake:
     def is_on(self) -> bool:
         return self._most < math.inf
 
+    def is_full(self, living: int) -> bool:
+        """Whether one more call beside ``living`` ones would be a try."""
+        return living >= self._most
+
     def put_on(self, most: int, again_at: float, why: str, kind: str = Refusal.BUSY) -> None:
         """Allow at most ``most`` calls from now on, and from ``again_at`` one more as a try."""
         self._most = most
@@ -37,17 +41,19 @@ class Brake:
 
     def admits(self, living: int, now: float) -> bool:
         """Whether another call may begin beside ``living`` ones."""
-        return living < self._most or (self._asking is None and now >= self._again_at)
+        return not self.is_full(living) or (self._asking is None and now >= self._again_at)
 
     def begins(self, call: object, living: int) -> None:
         """``call`` begins beside ``living`` ones; if the brake allows no more than those, it is the try."""
-        if living >= self._most:
+        if self.is_full(living):
             self._asking = call
 
-    def is_through(self, call: object) -> None:
-        """``call`` is through: if it was the try, release the brake."""
-        if self._asking is call:
+    def is_through(self, call: object) -> bool:
+        """``call`` is through: if it was the try, which is returned, release the brake."""
+        was_try = self._asking is call
+        if was_try:
             self.release()
+        return was_try
 
     def ended(self, call: object) -> None:
         """``call`` is over: if it was the try, another call may be."""

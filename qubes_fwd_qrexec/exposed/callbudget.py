@@ -92,6 +92,10 @@ class CallBudget:
         """Until when a refusal of the service beside live calls may mean a full target."""
         self._freed_at = -math.inf
         """When a call that had room ended last."""
+        self._without_room: dict[str, tuple[int, float]] = {}
+        """To which targets a call has found no room: beside how many others, and when, at last."""
+        self._not_taking: set[str] = set()
+        """Targets whose calls fail as if there were no room, though there is."""
         self._is_looking = False
 
     @property
@@ -120,6 +124,8 @@ class CallBudget:
     def forget_refusals(self) -> None:
         """The configuration has changed, and dom0's policy perhaps with it: try again at once."""
         self._here.release()
+        self._without_room.clear()
+        self._not_taking.clear()
         self._targets.clear()
         self._services.clear()
         self._full_until.clear()
@@ -176,6 +182,12 @@ class CallBudget:
 
     def _note_through(self, place: Place) -> None:
         place.is_through = True
+        target = place.wanted.target
+        self._not_taking.discard(target)
+        self._without_room.pop(target, None)
+        if self._here.is_through(place):
+            self._not_taking |= self._without_room.keys()
+            self._without_room.clear()
         for brake in self._brakes(place.wanted):
             brake.is_through(place)
         named = place.wanted.target, place.wanted.service
@@ -189,8 +201,10 @@ class CallBudget:
         again_at = place.began_at + self._waits.again_s
         # Who had the room may be over before this is heard of.
         if status == ExitStatus.NO_ROOM and (others or place.began_at <= self._freed_at):
-            self._here.put_on(len(others), again_at, meaning(status))
-            return True
+            self._note_no_room(place, len(others))
+            if wanted.target not in self._not_taking:
+                self._here.put_on(len(others), again_at, meaning(status))
+                return True
         living = sum(other.wanted.target == wanted.target for other in others)
         is_renewal = wanted.kind is Kind.RENEWAL
         if status == ExitStatus.REFUSED and living and not is_renewal and self._may_be_full(wanted):
@@ -204,6 +218,19 @@ class CallBudget:
                 self._queue.remove(waiting)
                 waiting.refuse(RefusedError(why, refusal(status)))
         return False
+
+    def _note_no_room(self, place: Place, beside: int) -> None:
+        """A call has failed as if there were no room. If two calls fewer were there than at the last time, a
+        large one had room."""
+        target = place.wanted.target
+        before, at = self._without_room.get(target, (0, math.inf))
+        if place.began_at > at and beside + 1 < before:
+            self._not_taking.add(target)
+            del self._without_room[target]
+            if not self._without_room:
+                self._here.release()
+        elif target not in self._not_taking:
+            self._without_room[target] = beside, trio.current_time()
 
     def _beside(self, place: Place, status: int | None) -> list[Place]:
         """The calls that may have taken the room that one which failed has not found.
@@ -236,7 +263,7 @@ class CallBudget:
     def _look(self) -> None:
         """Let the calls begin that may, and make room for the rest."""
         now = trio.current_time()
-        while (wanted := self._queue.take(lambda one: self._may_begin(one, now))) is not None:
+        while (wanted := self._take(now)) is not None:
             wanted.place = Place(self, wanted, now)
             for brake in self._brakes(wanted):
                 brake.begins(wanted.place, self._living(brake, wanted))
@@ -247,6 +274,15 @@ class CallBudget:
             if not self._is_looking:
                 self._is_looking = True
                 self._tasks.start_soon(self._keep_looking)
+
+    def _take(self, now: float) -> Waiting | None:
+        """Take the next one that may begin. A try is first for a target that has not failed to find room."""
+        if self._here.is_full(self.calls) and self._without_room:
+            known = self._without_room
+            other = self._queue.take(lambda one: one.target not in known and self._may_begin(one, now))
+            if other is not None:
+                return other
+        return self._queue.take(lambda one: self._may_begin(one, now))
 
     async def _keep_looking(self) -> None:
         """Look again while anybody waits: some calls become possible with time alone."""

@@ -263,6 +263,63 @@ async def test_without_room_for_a_vchan_calls_to_all_targets_wait(autojump_clock
         assert waiting.has_call
 
 
+async def test_a_target_that_takes_no_call_keeps_nobody_out_of_others(autojump_clock: MockClock) -> None:
+    """Its calls end with the status of those that find no room; who gets through then shows that there is."""
+    async with bench_of(20) as bench:
+        await bench.have(2)
+        (failed,) = await bench.want("b/c", service="bad/s+1")
+        assert failed.failed(ExitStatus.NO_ROOM)
+        (first,) = await bench.want("b/c", service="bad/s+1")
+        (other,) = await bench.want("r/s")
+        await bench.until(lambda: served([first, other]) > 0)
+        assert (first.has_call, other.has_call) == (
+            False,
+            True,
+        )  # although it has asked first, and has no call
+        other.through()
+        await wait_all_tasks_blocked()
+        assert first.has_call
+        assert not first.failed(ExitStatus.NO_ROOM, "it takes none")
+        (later,) = await bench.want("b/c", service="bad/s+1")
+        assert not later.has_call
+        assert served(await bench.want("r/s", service="third/s+1")) == 1
+        await bench.until(lambda: later.has_call)
+        later.through()
+        (another,) = await bench.want("b/c", service="bad/s+1")
+        assert another.failed(ExitStatus.NO_ROOM)  # it takes calls after all
+
+
+@pytest.mark.parametrize(("ending", "is_the_targets"), [(1, False), (2, True)])
+async def test_a_target_for_which_room_was_made_in_vain_takes_no_call(
+    autojump_clock: MockClock, ending: int, is_the_targets: bool
+) -> None:
+    """The room of a single call is too small for a mux call, and that of two is not."""
+    async with bench_of(20) as bench:
+        living = await bench.have(4)
+        (failed,) = await bench.want(service="bad/s+1")
+        assert failed.failed(ExitStatus.NO_ROOM)
+        await trio.sleep(0.1)
+        for client in living[:ending]:
+            client.end()
+        (again,) = await bench.want(service="bad/s+1")
+        await wait_all_tasks_blocked()
+        assert again.failed(ExitStatus.NO_ROOM) is not is_the_targets
+        others = await bench.want("r/s", "r/s", "r/s")
+        assert served(others) == (3 if is_the_targets else 0)
+
+
+async def test_a_call_that_began_before_room_was_made_says_nothing_of_that(autojump_clock: MockClock) -> None:
+    async with bench_of(20) as bench:
+        living = await bench.have(4)
+        one, other = await bench.want("b/c", "b/c", service="bad/s+1")
+        await trio.sleep(0.1)
+        assert one.failed(ExitStatus.NO_ROOM)
+        for client in living[:3]:
+            client.end()
+        await wait_all_tasks_blocked()
+        assert other.failed(ExitStatus.NO_ROOM)
+
+
 async def test_calls_that_begin_together_and_find_no_room_wait_for_those_that_begin(
     autojump_clock: MockClock,
 ) -> None:
