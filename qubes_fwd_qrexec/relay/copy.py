@@ -170,7 +170,7 @@ class Relay:
         if can_read and reader is not None and events & (READ | GONE):
             self._pull(reader, endpoint)
         writer = endpoint.writer
-        if writer is not None and writer.pending and events & WRITE:
+        if writer is not None and writer.pending and events & (WRITE | GONE):  # a write shows that it is gone
             self._push(writer, endpoint)
         if events & GONE and not can_read:
             self._gone(endpoint, events)

@@ -87,6 +87,26 @@ def test_a_unix_server_that_has_closed_breaks_the_copy_with_the_next_byte_for_it
         assert ends == [CopyEnd.SINK_BROKEN]
 
 
+def test_a_unix_server_that_shuts_down_unread_breaks_the_copy_at_once() -> None:
+    """The kernel says in each turn that it is gone, and never that it takes more."""
+    loop = Loop()
+    relay = Relay(loop)
+    ends: list[CopyEnd] = []
+    far_source, source = unix_pair()
+    sink, server = unix_pair()
+    with closing(loop), far_source, source, sink, server:
+        copy = Copy(source, sink, may_close=True)
+        relay.start(copy, ends.append)
+        while not copy.pending:
+            far_source.send(bytes(65536))
+            loop.run_once(0)
+        server.shutdown(socket.SHUT_RDWR)
+        for _ in range(3):
+            loop.run_once(0)
+        assert ends == [CopyEnd.SINK_BROKEN]
+        assert not is_ready(loop)
+
+
 def test_a_unix_server_that_has_closed_takes_an_end_of_file() -> None:
     loop = Loop()
     relay = Relay(loop)
