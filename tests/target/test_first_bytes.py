@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 from helpers import no_fds_left, port_of, tcp_pair
-from mux_bench import BOUND_S, ORIGIN, PORTS
+from mux_bench import BOUND_S, ORIGIN, PORTS, MuxBench
 from mux_peer import PeerBench
 from service_bench import ServiceBench
 
 from qubes_fwd_qrexec.common.values import TargetPorts
-from qubes_fwd_qrexec.mux import OpenReceived, ProxyVersion, Role
+from qubes_fwd_qrexec.mux import OpenReceived, ProxyVersion, ResetCode, Role
 from qubes_fwd_qrexec.mux.limits import MAX_FIRST_BYTES
 from qubes_fwd_qrexec.relay.backlog import MAX_BYTES
 from qubes_fwd_qrexec.relay.copy import abort, half_close
@@ -100,3 +100,31 @@ def test_where_much_waits_already_it_waits_for_its_turn_as_well() -> None:
             client.sendall(bytes(MAX_FIRST_BYTES))
             assert bench.mux.open(PORTS.start, ORIGIN, accepted) is not None
         assert MAX_BYTES < bench.mux.backlog.bytes_queued < MAX_BYTES + 10 * MAX_FIRST_BYTES
+
+
+def test_a_client_whose_stream_is_asked_for_again_loses_no_byte_and_sends_none_twice() -> None:
+    with no_fds_left(), MuxBench() as bench:
+        client, accepted = tcp_pair()
+        client.sendall(b"question")
+        arrived = select.poll()
+        arrived.register(accepted, select.POLLIN)
+        assert arrived.poll(1000 * BOUND_S)
+        refused = bench.open_on(accepted)
+        assert refused is not None
+        bench.until(lambda: bench.far_owner.requested)
+        bench.far.refuse(1, ResetCode.LEASE_OVER)
+        bench.until(lambda: bench.near_owner.refusals)
+        assert refused.sent == 0
+        client.sendall(b", and more")
+        again = bench.open_on(accepted)
+        assert again is not None
+        bench.until(lambda: len(bench.far_owner.requested) == 2)
+        first = bench.far_owner.requested[1].first
+        server, connected = tcp_pair()
+        with client, server:
+            assert bench.far.accept(2, connected) is not None
+            bench.until(lambda: again.is_joined)
+            half_close(client)
+            rest, how = bench.read_to_end(server)
+            assert (first + rest, how) == (b"question, and more", "EOF")
+            assert again.sent == len(first + rest)
