@@ -68,6 +68,9 @@ elif mode.startswith("flows"):  # a target of datagrams that is its own server: 
                     connection.end_flow(event.flow_id, FlowCode[code])
 elif mode.startswith("exit"):
     sys.exit(int(mode[4:]))
+elif mode.startswith("taken"):  # the call is through, and the service ends at once
+    os.set_blocking(0, False)
+    sys.exit(int(mode[5:]))
 elif mode == "hang":
     signal.pause()
 elif mode == "mute":  # the call is through, and the service says nothing

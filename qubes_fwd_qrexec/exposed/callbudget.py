@@ -200,7 +200,8 @@ class CallBudget:
         others = [] if place.is_through else self._beside(place, status)
         again_at = place.began_at + self._waits.again_s
         # Who had the room may be over before this is heard of.
-        if status == ExitStatus.NO_ROOM and (others or place.began_at <= self._freed_at):
+        may_be_room = others or (not place.is_through and place.began_at <= self._freed_at)
+        if status == ExitStatus.NO_ROOM and may_be_room:
             self._note_no_room(place, len(others))
             if wanted.target not in self._not_taking:
                 self._here.put_on(len(others), again_at, meaning(status))

@@ -244,6 +244,8 @@ class MuxPool(ABC, Generic[C]):
             async with open_call(self.qrexec_client, self.target, self.service) as call:
                 problem = await self._drive(mux_call, place, call, keep)
                 status = None if problem is None else await call.status(_STATUS_WAIT_S)
+                if call.is_through:  # it may have ended before anybody looked
+                    place.through()
         except OSError as error:
             return f"cannot start {self.qrexec_client[0]}: {error.strerror}"
         mux_call.status = status

@@ -32,6 +32,7 @@ SINGLE_BUFFER_BYTES = 32768
 # Every qrexec-client-vm has it (qubes-core-qrexec agent/qrexec-client-vm.c, since its first commit in 2018).
 _BUFFER_OPTION = "--buffer-size"
 # What a stalled direction may hold in the kernel, for each socketpair: twice the 64 KiB of qrexec-client-vm.
+# A mux of streams sets more for what it sends (`relay.backlog`).
 _SOCKET_BUFFER_BYTES = 131072
 # The same for stderr: a dozen lines and more.
 STDERR_BUFFER_BYTES = 16384

@@ -354,6 +354,16 @@ async def test_a_call_that_found_no_room_beside_one_that_is_over_since_is_made_a
         assert not again.failed(ExitStatus.NO_ROOM)
 
 
+async def test_a_call_that_was_through_has_had_room_whatever_its_target_says(
+    autojump_clock: MockClock,
+) -> None:
+    async with bench_of(20) as bench:
+        other, forging = await bench.have(2)
+        other.end()
+        await other.ended.wait()
+        assert not forging.failed(ExitStatus.NO_ROOM)
+
+
 async def test_the_last_of_those_that_found_no_room_is_refused_and_with_it_all_who_wait(
     autojump_clock: MockClock,
 ) -> None:

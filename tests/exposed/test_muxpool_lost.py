@@ -46,6 +46,8 @@ pytestmark = pytest.mark.usefixtures("mux_call_home")
         ("exit127", "does not have the service"),
         ("exit125", "cannot be reached"),
         ("exit0", "without a final GOAWAY"),
+        # A target that has taken the call can say what it likes.
+        ("taken1", "the call ended with exit status 1"),
     ],
 )
 async def test_a_call_that_fails_is_a_reason_of_its_own_and_dom0_is_left_alone(
