@@ -14,6 +14,10 @@ A call that is refused beside live calls to its target, or for lack of a vchan b
 room: it is made again when another ends. A call that is refused on its own is refused to everybody who waits
 for the same one (`brake`). A refusal by dom0 has the same exit status as a full target. So a service that was
 never allowed since the last change of the configuration counts as refused after a few seconds.
+
+Lack of a vchan has the same exit status as a target that does not take the call (`shortage`). So that such a
+target keeps nobody out of others, those have the next try, and nothing in use ends for it. Once it is known
+to be at fault its calls are refused on their own.
 """
 
 import math
@@ -33,6 +37,7 @@ from .brake import Brake
 from .callplace import Place
 from .callqueue import CallQueue, Key, Kind, Wanted, count_key, has_more_than_its_share
 from .callwaits import CallWaits
+from .shortage import Shortage
 
 # Renewals on top of the budget: otherwise mux calls that take up all of it could not be renewed.
 RENEWALS_MAX = 2
@@ -92,10 +97,7 @@ class CallBudget:
         """Until when a refusal of the service beside live calls may mean a full target."""
         self._freed_at = -math.inf
         """When a call that had room ended last."""
-        self._without_room: dict[str, tuple[int, float]] = {}
-        """To which targets a call has found no room: beside how many others, and when, at last."""
-        self._not_taking: set[str] = set()
-        """Targets whose calls fail as if there were no room, though there is."""
+        self._shortage = Shortage()
         self._is_looking = False
 
     @property
@@ -124,8 +126,7 @@ class CallBudget:
     def forget_refusals(self) -> None:
         """The configuration has changed, and dom0's policy perhaps with it: try again at once."""
         self._here.release()
-        self._without_room.clear()
-        self._not_taking.clear()
+        self._shortage.forget()
         self._targets.clear()
         self._services.clear()
         self._full_until.clear()
@@ -182,12 +183,7 @@ class CallBudget:
 
     def _note_through(self, place: Place) -> None:
         place.is_through = True
-        target = place.wanted.target
-        self._not_taking.discard(target)
-        self._without_room.pop(target, None)
-        if self._here.is_through(place):
-            self._not_taking |= self._without_room.keys()
-            self._without_room.clear()
+        self._shortage.is_through(place.wanted.target, was_try=self._here.is_through(place))
         for brake in self._brakes(place.wanted):
             brake.is_through(place)
         named = place.wanted.target, place.wanted.service
@@ -202,10 +198,12 @@ class CallBudget:
         # Who had the room may be over before this is heard of.
         may_be_room = others or (not place.is_through and place.began_at <= self._freed_at)
         if status == ExitStatus.NO_ROOM and may_be_room:
-            self._note_no_room(place, len(others))
-            if wanted.target not in self._not_taking:
+            self._shortage.meets(wanted.target, len(others), place.began_at, trio.current_time())
+            if not self._shortage.is_fault_of(wanted.target):
                 self._here.put_on(len(others), again_at, meaning(status))
                 return True
+            if not self._shortage.is_met:
+                self._here.release()
         living = sum(other.wanted.target == wanted.target for other in others)
         is_renewal = wanted.kind is Kind.RENEWAL
         if status == ExitStatus.REFUSED and living and not is_renewal and self._may_be_full(wanted):
@@ -219,19 +217,6 @@ class CallBudget:
                 self._queue.remove(waiting)
                 waiting.refuse(RefusedError(why, refusal(status)))
         return False
-
-    def _note_no_room(self, place: Place, beside: int) -> None:
-        """A call has failed as if there were no room. If two calls fewer were there than at the last time, a
-        large one had room."""
-        target = place.wanted.target
-        before, at = self._without_room.get(target, (0, math.inf))
-        if place.began_at > at and beside + 1 < before:
-            self._not_taking.add(target)
-            del self._without_room[target]
-            if not self._without_room:
-                self._here.release()
-        elif target not in self._not_taking:
-            self._without_room[target] = beside, trio.current_time()
 
     def _beside(self, place: Place, status: int | None) -> list[Place]:
         """The calls that may have taken the room that one which failed has not found.
@@ -278,9 +263,9 @@ class CallBudget:
 
     def _take(self, now: float) -> Waiting | None:
         """Take the next one that may begin. A try is first for a target that has not failed to find room."""
-        if self._here.is_full(self.calls) and self._without_room:
-            known = self._without_room
-            other = self._queue.take(lambda one: one.target not in known and self._may_begin(one, now))
+        if self._here.is_full(self.calls) and self._shortage.is_met:
+            is_met_by = self._shortage.is_met_by
+            other = self._queue.take(lambda one: not is_met_by(one.target) and self._may_begin(one, now))
             if other is not None:
                 return other
         return self._queue.take(lambda one: self._may_begin(one, now))
@@ -316,13 +301,16 @@ class CallBudget:
             is_targets = not self._target(wanted).admits(self.calls_to(wanted.target), now)
             if not is_targets and self._has_room(wanted) and self._here.admits(self.calls, now):
                 continue
-            places = [p for p in self._places if not is_targets or p.wanted.target == wanted.target]
+            own = [place for place in self._places if place.wanted.target == wanted.target]
+            places = own if is_targets else list(self._places)
             if any(place.makes_room for place in places):
                 return  # that one will end soon
+            # Where a single target lacks vchans, that may be its fault: nothing that others use ends for it.
+            used = places if not self._has_room(wanted) or self._shortage.is_met_by_several else own
             found = (
                 self._idlest_mux_call(places)
-                or self._idlest_single(places, wanted)
-                or self._idlest_of_one_user(places, wanted)
+                or self._idlest_single(used, wanted)
+                or self._idlest_of_one_user(used, wanted)
             )
             if found is not None:
                 found.make_room()
