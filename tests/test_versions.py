@@ -157,28 +157,28 @@ def test_a_mux_call_begins_as_it_did() -> None:
     assert Hello(1 << 20, b"n" * 16).max_version == latest
 
 
-# One end of a later release, which speaks versions LOWEST to 3 and has more to say in its HELLO.
-_LATER = """
+# One end of another release, which speaks versions LOWEST to HIGHEST. A later one has more to say in HELLO.
+_OTHER = """
 import sys
 from functools import partial
 from qubes_fwd_qrexec import service
 from qubes_fwd_qrexec.target import muxservice
 from qubes_fwd_qrexec.mux import connection, wire
 
-muxservice.Hello = partial(muxservice.Hello, min_version={lowest}, max_version=3)
+muxservice.Hello = partial(muxservice.Hello, min_version={lowest}, max_version={highest})
 
 def encode_longer(hello):
-    return wire.frame(wire.FrameType.HELLO, 0, encode(hello)[8:] + b"and more")
+    return wire.frame(wire.FrameType.HELLO, 0, encode(hello)[8:] + b"and more" * ({highest} > 2))
 
 encode, wire.encode_hello = wire.encode_hello, encode_longer
 sys.exit(service.main([sys.argv[3].partition("+")[2]]))
 """
 
 
-def later_target(directory: Path, lowest: int) -> tuple[str, ...]:
-    """A stand-in for qrexec-client-vm with a target of a later release."""
-    script = directory / "later"
-    script.write_text(_LATER.format(lowest=lowest))
+def other_target(directory: Path, lowest: int, highest: int) -> tuple[str, ...]:
+    """A stand-in for qrexec-client-vm with a target of another release."""
+    script = directory / "other"
+    script.write_text(_OTHER.format(lowest=lowest, highest=highest))
     return (sys.executable, str(script))
 
 
@@ -186,9 +186,21 @@ def later_target(directory: Path, lowest: int) -> tuple[str, ...]:
 async def test_a_listener_works_with_a_newer_target(tmp_path: Path, server: socket.socket) -> None:
     port = free_port()
     configure(tmp_path / "config", port, port_of(server), transport="mux")
-    async with running_listener(tmp_path / "config", later_target(tmp_path, 1)):  # noqa: SIM117
+    async with running_listener(tmp_path / "config", other_target(tmp_path, 1, 3)):  # noqa: SIM117
         async with await connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
+
+
+@pytest.mark.usefixtures("mux_call_home")
+async def test_a_listener_tells_an_older_target_no_first_bytes(tmp_path: Path, server: socket.socket) -> None:
+    port = free_port()
+    configure(tmp_path / "config", port, port_of(server), transport="mux")
+    async with running_listener(tmp_path / "config", other_target(tmp_path, 1, 1)):  # noqa: SIM117
+        async with await connect(port) as near:
+            await near.send_all(b"first")  # there is no call yet, and when there is, this has come
+            async with await accept(server) as far:
+                assert await far.receive_some(5) == b"first"
+                await echo_once(near, far)
 
 
 @pytest.mark.usefixtures("mux_call_home")
@@ -216,7 +228,7 @@ async def test_without_a_version_in_common_connections_are_reset_and_the_log_say
 ) -> None:
     port = free_port()
     configure(tmp_path / "config", port, port_of(server), transport="mux")
-    async with running_listener(tmp_path / "config", later_target(tmp_path, 3)):  # noqa: SIM117
+    async with running_listener(tmp_path / "config", other_target(tmp_path, 3, 3)):  # noqa: SIM117
         async with await connect(port) as near:
             assert await is_reset(near)
     assert any("speaks versions 3 to 3 of the mux protocol, this end 1 to 2" in m for m in caplog.messages)
