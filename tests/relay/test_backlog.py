@@ -232,12 +232,14 @@ def test_bulk_of_servers_that_have_closed_both_ways_keeps_its_turns(bench: MuxBe
 
 
 def test_a_stream_that_waits_is_remembered_once_and_forgotten_with_its_end(bench: MuxBench) -> None:
-    streams = [bench.join() for _ in range(20)]
+    bench.near_sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # not all fit in there
+    streams = [bench.join() for _ in range(30)]
     bench.loop.change(bench.far_call.fileno(), 0)
     for stream in streams:
         bench.stall(stream.client)
     assert bench.near.backlog.bytes_queued > 0
     waiting = list(bench.near.backlog.waiting)
+    assert waiting
     for leg in waiting:
         leg.resume()  # credit came
     bench.turn()
