@@ -59,7 +59,10 @@ class Diagnosis:
         state = row(self._spinner, self._state.widget)
         body = column(self._checks.widget, state, self._last.widget, gap=2 * GAP)
         self.widget.get_content_area().pack_start(scrolled(body), True, True, 0)
-        buttons = row(self._copy, self._again, self._close)
+        buttons = row()
+        for each in (self._copy, self._again, self._close):
+            buttons.pack_start(each, True, True, 0)
+        buttons.set_homogeneous(True)
         buttons.set_halign(Gtk.Align.END)
         self.widget.get_content_area().pack_end(buttons, False, False, 0)
 

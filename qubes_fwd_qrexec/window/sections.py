@@ -162,7 +162,8 @@ class Who(Section):
 
     def _placed(self, buttons: Mapping[str, Gtk.RadioButton]) -> Gtk.Widget:
         some = column(self._sources.widget, row(*self._presets.values()), self._let_in)
-        some.set_margin_start(4 * GAP)
+        for each in (some, self._warning):
+            each.set_margin_start(4 * GAP)
         return column(buttons[self._SOME], some, buttons[self._ANYBODY], self._warning, gap=0)
 
     def show(self, draft: Draft) -> None:
