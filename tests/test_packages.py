@@ -27,7 +27,7 @@ NEEDS: dict[str, set[str]] = {
     "lab": {"common", "dom0", "vm", "lab"},
 }
 # Of what there is at the top, that is what is installed; the other directories are for those who work on it.
-SHIPPED = {"completions", "docs", "policy", "qubes_fwd_qrexec", "rpc", "systemd", "tmpfiles.d", "rpc-config"}
+SHIPPED = {"completions", "docs", "policy", "qubes_fwd_qrexec", "rpc", "systemd", "tmpfiles.d"}
 SHIPPED |= {"applications", "autostart", "handover", "icons", "po"}
 KEPT = {".ci", "bench", "debian", "rpm_spec", "soak", "tests", "tools"}
 
@@ -200,7 +200,6 @@ def test_the_indicator_starts_by_itself_and_never_in_a_qube_without_a_session_of
 # Whose the directories of others are: of Fedora itself, or of a package that the spec file has to require.
 OWNERS = {
     "etc/qubes-rpc": "qubes-core-qrexec-vm",
-    "etc/qubes/rpc-config": "qubes-core-qrexec-vm",
     "etc/xdg/autostart": "",
     "usr/bin": "",
     "usr/lib/qubes": "qubes-core-qrexec-vm",

@@ -57,7 +57,7 @@ HANDOVER = "usr/lib/qubes/qubes-forward-handover"
 # ours require.
 # Every RPM that has a file in any other directory owns that.
 DIRS_OF_OTHERS = (
-    *("etc/qubes-rpc", "etc/qubes/rpc-config"),
+    "etc/qubes-rpc",
     *("usr/bin", "usr/share/doc", "usr/share/man/man1", "usr/share/man/man7", "usr/share/man/man8"),
     *("usr/lib/qubes", "usr/lib/systemd/system-preset", "usr/lib/tmpfiles.d"),
     *("etc/xdg/autostart", "usr/share/applications", f"usr/share/icons/{ICONS}"),
@@ -99,8 +99,6 @@ def items(python_dir: str, unit_dir: str, zsh_dir: str) -> Iterator[Item]:
         yield item._replace(link=f"/{HANDOVER}") if file.name == "qubes.ForwardTCP" else item
     for file in _files("handover"):
         yield Item("vm", _relative(file), HANDOVER, 0o755, _built)
-    for file in _files("rpc-config"):
-        yield _copy("vm", file, f"etc/qubes/rpc-config/{file.name}")
     # Not at its final place, where qvm-forward writes: the packages put it there if nothing is.
     for file in _files("policy"):
         yield _copy("dom0", file, f"usr/share/qubes-fwd-qrexec/{file.name}")

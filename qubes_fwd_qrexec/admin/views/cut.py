@@ -62,7 +62,8 @@ def cut(args: Namespace, session: Session) -> int:
     answers = ask_all(session.backend, sorted(listening(snapshot.inventory)), AFTER_S)
     open_at = places(target, planned, snapshot.inventory, answers)
     silent = sorted(qube for qube, one in answers.items() if flows(qube, one, planned) is None)
-    unknown = f"whether {' or '.join(silent)} has any is unknown: no answer" if silent else ""
+    whom = ", ".join(silent)
+    unknown = f"no answer from {whom}, where somebody may be connected" if silent else ""
     name = args.name or _only(target, open_at)
     forward = planned.find(target, name)
     if name not in open_at:

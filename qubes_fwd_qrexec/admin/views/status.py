@@ -268,7 +268,8 @@ def text(found: Status, style: Style) -> str:
         "" if found.clients is None else found.clients.table(style),
     ]
     if not found.rows and not found.by_nft.rows:
-        nothing = "No forward is open." if any((heads, *tables, found.silent)) else "Nothing is open."
+        nothing = "No forward is open." if any((*tables, found.silent)) else "Nothing is open."
+        nothing = "No other forward is open." if heads else nothing
         heads.append(f"{nothing} {reasons.HELD}." if found.plan.is_held else nothing)
     body, remarks = "\n".join(filter(None, tables)), [*_remarks(found), *found.by_nft.remarks()]
     parts = (*(f"{head}\n" for head in heads), body, "\n" if body and remarks else "")

@@ -192,7 +192,7 @@ def test_a_qube_that_does_not_say_what_it_has_is_named(backend: Answering, over:
     backend.says["sys-net", STATUS] = AnswerError("x")
     result = over(backend, "cut", "work", "web")
     assert (result.status, result.out.partition(".")[0]) == (0, "Cut 3 connections of work web")
-    assert result.err == "qvm-forward: whether sys-net has any is unknown: no answer\n"
+    assert result.err == "qvm-forward: no answer from sys-net, where somebody may be connected\n"
     assert over(backend, "cut", "work", "web", "--json").json["silent"] == ["sys-net"]
 
 
@@ -224,7 +224,7 @@ def test_a_forward_that_is_closed_has_nobody_to_cut(backend: Answering, over: Co
     )
     backend.says["sys-net", STATUS] = AnswerError("x")
     assert over(backend, "cut", "work", "web").err.endswith(
-        "there is nothing to cut; whether sys-net has any is unknown: no answer\n"
+        "there is nothing to cut; no answer from sys-net, where somebody may be connected\n"
     )
 
 

@@ -95,6 +95,7 @@ def test_what_is_in_force_and_not_asked_for_is_said_first_with_what_ends_it(
     assert second == (
         "No rule asks for this: sys-net is told to listen for fwd.work.web; 'qvm-forward apply' ends it."
     )
+    assert "\nNo other forward is open.\n" in result.out
     assert "Nothing is open" not in result.out
     due = [step["step"] for step in forward("status", "--json").json["due"]]
     assert due == ["close-policy", "revoke", "remove-config"]
@@ -142,7 +143,7 @@ def test_connections_of_a_closed_forward_that_its_listener_has_not_ended_are_sai
     found = look(store, sys_net=listening(REPORT))
     assert not found.is_well
     assert shown(found).startswith(
-        "work web should be closed, but sys-net still has 3 connections of it.\nNo forward is open.\n"
+        "work web should be closed, but sys-net still has 3 connections of it.\nNo other forward is open.\n"
     )
 
 
