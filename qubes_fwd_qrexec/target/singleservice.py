@@ -11,7 +11,6 @@ ends the call that it happens to.
 """
 
 import argparse
-import errno
 import logging
 import math
 import os
@@ -54,8 +53,7 @@ DRAIN_S = 60.0
 IDLE_S = 300.0
 # The program sends everything in one message, at once.
 HANDOVER_S = 5.0
-# docs/behaviours.md, 34.
-_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+# docs/behaviours.md, 34: how long to take no call after one could not be taken.
 _PAUSE_S = 0.5
 
 
@@ -228,10 +226,9 @@ class SingleService:
         except BlockingIOError:
             return
         except OSError as error:
-            if error.errno in _NO_ROOM:
-                self.warn(f"no call can be taken: {error.strerror}")
-                self.loop.change(self._listening.fileno(), 0)
-                self.loop.after(_PAUSE_S, self._go_on, self.stop)
+            self.warn(f"no call can be taken: {error.strerror}")
+            self.loop.change(self._listening.fileno(), 0)
+            self.loop.after(_PAUSE_S, self._go_on, self.stop)
             return
         if len(self._calls) >= self._calls_max:
             control.close()
