@@ -41,9 +41,11 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--no-page", action="store_true", help="leave the page as it is")
     args = parser.parse_args(arguments)
-    status = 0
+    root, status = page.PAGE.parents[1], 0
     for run in args.runs:
         print(f"{run} ...", file=sys.stderr)
-        words = [*shlex.split(RUNS[run]), "--json", str(page.PLACE / f"{run}.json")]
-        status = max(status, subprocess.run([sys.executable, "-m", "bench", *words], check=False).returncode)
+        # A relative path, as the command stands in the file.
+        words = [*shlex.split(RUNS[run]), "--json", str(page.PLACE.relative_to(root) / f"{run}.json")]
+        done = subprocess.run([sys.executable, "-m", "bench", *words], cwd=root, check=False)
+        status = max(status, done.returncode)
     return status or (0 if args.no_page else page.main([]))
