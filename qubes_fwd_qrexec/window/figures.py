@@ -48,7 +48,7 @@ class Figures:
 
 
 def ask(backend: Backend, look: Look, now: float) -> Figures:
-    """Ask all qubes at once. It takes as long as the slowest, up to 8 s. Raises `StoreError`."""
+    """Ask all qubes, eight at a time, each for up to 8 s. Raises `StoreError`."""
     found = Figures(now, _asked(backend, look, now))
     found.lines, found.clients  # noqa: B018  made here, so that the main thread need not wait for them
     return found
