@@ -16,8 +16,8 @@ for the same one (`brake`). A refusal by dom0 has the same exit status as a full
 never allowed since the last change of the configuration counts as refused after a few seconds.
 
 Lack of a vchan has the same exit status as a target that does not take the call (`shortage`). So that such a
-target keeps nobody out of others, those have the next try, and nothing in use ends for it. Once it is known
-to be at fault its calls are refused on their own.
+target keeps nobody out of others, those have the next try, and nothing that others use ends for it. Once it
+is known to be at fault its calls are refused on their own.
 """
 
 import math
@@ -183,7 +183,9 @@ class CallBudget:
 
     def _note_through(self, place: Place) -> None:
         place.is_through = True
-        self._shortage.is_through(place.wanted.target, was_try=self._here.is_through(place))
+        was_try = self._here.is_through(place) and self._was_undisturbed(place)
+        is_small = place.wanted.kind is Kind.SINGLE
+        self._shortage.is_through(place.wanted.target, was_try=was_try, is_small=is_small)
         for brake in self._brakes(place.wanted):
             brake.is_through(place)
         named = place.wanted.target, place.wanted.service
@@ -198,7 +200,10 @@ class CallBudget:
         # Who had the room may be over before this is heard of.
         may_be_room = others or (not place.is_through and place.began_at <= self._freed_at)
         if status == ExitStatus.NO_ROOM and may_be_room:
-            self._shortage.meets(wanted.target, len(others), place.began_at, trio.current_time())
+            began_at = place.began_at if self._was_undisturbed(place) else -math.inf
+            is_small = wanted.kind is Kind.SINGLE
+            now = trio.current_time()
+            self._shortage.meets(wanted.target, len(others), began_at, now, is_small=is_small)
             if not self._shortage.is_fault_of(wanted.target):
                 self._here.put_on(len(others), again_at, meaning(status))
                 return True
@@ -217,6 +222,10 @@ class CallBudget:
                 self._queue.remove(waiting)
                 waiting.refuse(RefusedError(why, refusal(status)))
         return False
+
+    def _was_undisturbed(self, place: Place) -> bool:
+        """Whether no call with room has ended since this one began, so that those beside it were as many."""
+        return place.began_at >= self._freed_at
 
     def _beside(self, place: Place, status: int | None) -> list[Place]:
         """The calls that may have taken the room that one which failed has not found.

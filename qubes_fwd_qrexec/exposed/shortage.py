@@ -17,8 +17,8 @@ class Shortage:
     __slots__ = ("_at_fault", "_met")
 
     def __init__(self) -> None:
-        # By target: beside how many other calls the last one met it, and when.
-        self._met: dict[str, tuple[int, float]] = {}
+        # By target: beside how many other calls the last one met it, when, and whether that was a small one.
+        self._met: dict[str, tuple[int, float, bool]] = {}
         self._at_fault: set[str] = set()
 
     @property
@@ -38,22 +38,27 @@ class Shortage:
         """Whether the target takes no call, although there is room."""
         return target in self._at_fault
 
-    def meets(self, target: str, beside: int, began_at: float, now: float) -> None:
+    def meets(self, target: str, beside: int, began_at: float, now: float, *, is_small: bool) -> None:
         """A call that began then has ended as if there were no room beside so many others."""
-        before, at = self._met.get(target, (0, math.inf))
+        before, at, _ = self._met.get(target, (0, math.inf, False))
         if began_at > at and beside + _FEWER <= before:
             self._at_fault.add(target)
             del self._met[target]
         elif target not in self._at_fault:
-            self._met[target] = beside, now
+            self._met[target] = beside, now, is_small
 
-    def is_through(self, target: str, *, was_try: bool) -> None:
-        """A call to the target is through; ``was_try``: beside as many as a call that met it."""
+    def is_through(self, target: str, *, was_try: bool, is_small: bool) -> None:
+        """A call to the target is through; ``was_try``: beside as many as a call that met it.
+
+        A small one says nothing of room for a large one.
+        """
         self._at_fault.discard(target)
         self._met.pop(target, None)
         if was_try:
-            self._at_fault |= self._met.keys()
-            self._met.clear()
+            at_fault = {other for other, (_, _, was_small) in self._met.items() if was_small or not is_small}
+            self._at_fault |= at_fault
+            for other in at_fault:
+                del self._met[other]
 
     def forget(self) -> None:
         self._met.clear()

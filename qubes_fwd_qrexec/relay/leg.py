@@ -38,7 +38,7 @@ _WRITABLE = WRITE | GONE
 
 
 class Leg(WatchedSocket):
-    """Owns ``sock`` (non-blocking) and closes it in the end; no byte moves before `join`.
+    """Owns ``sock`` (non-blocking) and closes it in the end; no byte is taken from it before `join`.
 
     ``sent`` and ``received`` count the bytes into the mux call and out of it; ``moved_at`` is when some last
     moved, or one side has ended (`time.monotonic`). ``has_eof``: the other end sends nothing more. ``ended``

@@ -8,6 +8,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.exposed.callbudget import BEGIN_MAX
+from qubes_fwd_qrexec.exposed.callqueue import Kind
 from qubes_fwd_qrexec.exposed.callwaits import AGAIN_S
 
 
@@ -66,6 +67,57 @@ async def test_a_target_for_which_room_was_made_in_vain_takes_no_call(
         assert again.failed(ExitStatus.NO_ROOM) is not is_the_targets
         others = await bench.want("r/s", "r/s", "r/s")
         assert served(others) == (3 if is_the_targets else 0)
+
+
+@pytest.mark.parametrize("kind", [Kind.SINGLE, Kind.MUX])
+async def test_a_small_call_that_gets_through_says_nothing_of_room_for_a_large_one(
+    autojump_clock: MockClock, kind: Kind
+) -> None:
+    async with bench_of(20) as bench:
+        await bench.have(2)
+        (failed,) = await bench.want(kind=kind, service="large/s+1")
+        assert failed.failed(ExitStatus.NO_ROOM)
+        (other,) = await bench.want("r/s")
+        await bench.until(lambda: other.has_call)
+        other.through()
+        (again,) = await bench.want(kind=kind, service="large/s+1")
+        await bench.until(lambda: again.has_call)
+        assert again.failed(ExitStatus.NO_ROOM) is (kind is Kind.MUX)  # it waits for room, or is refused
+
+
+@pytest.mark.parametrize("ending", [0, 2])
+async def test_a_call_that_may_have_had_the_room_of_one_that_ended_says_nothing(
+    autojump_clock: MockClock, ending: int
+) -> None:
+    async with bench_of(20) as bench:
+        living = await bench.have(4)
+        (failed,) = await bench.want(service="other/s+1")
+        assert failed.failed(ExitStatus.NO_ROOM)
+        (tried,) = await bench.want("r/s")
+        await bench.until(lambda: tried.has_call)
+        await trio.sleep(0.1)
+        for client in living[:ending]:
+            client.end()
+        await wait_all_tasks_blocked()
+        tried.through()
+        (again,) = await bench.want(service="other/s+1")
+        await bench.until(lambda: again.has_call)
+        assert again.failed(ExitStatus.NO_ROOM) is (ending > 0)
+
+
+async def test_a_call_beside_which_others_ended_says_nothing_of_its_target(autojump_clock: MockClock) -> None:
+    """Two calls fewer are left when it is heard of, but it has tried beside as many as the first one."""
+    async with bench_of(20) as bench:
+        living = await bench.have(4)
+        (failed,) = await bench.want(service="other/s+1")
+        assert failed.failed(ExitStatus.NO_ROOM)
+        (again,) = await bench.want(service="other/s+1")
+        await bench.until(lambda: again.has_call)
+        await trio.sleep(0.1)
+        for client in living[:2]:
+            client.end()
+        await wait_all_tasks_blocked()
+        assert again.failed(ExitStatus.NO_ROOM)
 
 
 async def test_a_change_of_the_configuration_forgets_which_target_was_at_fault(
