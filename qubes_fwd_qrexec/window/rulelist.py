@@ -43,7 +43,8 @@ class RuleList:
         self._told: Item | None = None
         self._folded: set[Item] = {ENDED}
         self._is_changing = False
-        self._colours: Mapping[str, str] = {}
+        self._groups: Sequence[Group] = ()
+        self._colours: Mapping[str, str] | None = None
         self._silent: set[str] = {*_PERHAPS}
         self._room, self._font = 0, ""
         self._popped: Gtk.Menu | None = None
@@ -79,8 +80,7 @@ class RuleList:
         self._silent = {field for field, texts in said.items() if texts <= {""}}
         if len(said["way"] - {""}) < 2:
             self._silent.add("way")
-        if not self._colours:
-            self._colours = style.colours(self.view)
+        self._groups = groups
         self.is_filling = True
         self._fit()
         self._portions.run(self._fill(groups))
@@ -99,6 +99,7 @@ class RuleList:
     def _fill(self, groups: Sequence[Group]) -> Iterator[None]:
         """Look at one row in each step."""
         self._is_changing = True
+        self._colours = style.colours(self.view)
         for item in self._rows.changes(groups, self._colours):
             if item is not None:
                 self._changed(item)
@@ -241,15 +242,20 @@ class RuleList:
         return True
 
     def _restyle(self) -> None:
-        """Another theme has other colours, which the next `show` uses, and perhaps other letters."""
-        self._colours = {}
+        """Another theme may have other letters and colours. Each change of the focus updates it, too."""
         font = self.view.get_pango_context().get_font_description()
         if font is not None and font.to_string() != self._font:
             self._font = font.to_string()
             for column in self._columns.values():
                 column.measure()
+        deliver(self._recolour)
+
+    def _recolour(self) -> None:
+        if self._colours not in (None, style.colours(self.view)):
+            self.show(self._groups)
 
     def _stop(self) -> None:
         self._pop_down()
+        self._colours = None
         self._portions.stop()
         self.is_filling = False

@@ -49,9 +49,19 @@ def colours(widget: Gtk.Widget) -> dict[str, str]:
 
 
 def apply(window: Gtk.Window) -> None:
-    """Style a window and all that is in it, and each other window of this program."""
+    """Style a window and all that is in it, and each other window of this program, also in another theme."""
     provider = Gtk.CssProvider()
-    provider.load_from_data(_RULES.format(**colours(window)).encode())
-    Gtk.StyleContext.add_provider_for_screen(
-        window.get_screen(), provider, Gtk.STYLE_PROVIDER_PRIORITY_APPLICATION
-    )
+    shown: list[dict[str, str]] = []
+
+    def follow(*_: object) -> None:
+        found = colours(window)
+        # To load is itself an update of the style.
+        if shown != [found]:
+            shown[:] = [found]
+            provider.load_from_data(_RULES.format(**found).encode())
+
+    follow()
+    screen, context = window.get_screen(), Gtk.StyleContext
+    context.add_provider_for_screen(screen, provider, Gtk.STYLE_PROVIDER_PRIORITY_APPLICATION)
+    window.connect("style-updated", follow)
+    window.connect("destroy", lambda _: context.remove_provider_for_screen(screen, provider))

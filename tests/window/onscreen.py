@@ -2,6 +2,7 @@
 """What is to be seen of widgets, and keys for them."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from screen import settle, until
@@ -41,6 +42,16 @@ def focused(window: Gtk.Window) -> None:
     settle()
     window.get_window().focus(Gdk.CURRENT_TIME)
     until(window.has_toplevel_focus)
+
+
+@contextmanager
+def dark_theme() -> Iterator[None]:
+    """Meanwhile everything is written with white on black."""
+    provider, screen = Gtk.CssProvider(), Gdk.Screen.get_default()
+    provider.load_from_data(b"@define-color theme_bg_color #000; * { color: #fff; }")
+    Gtk.StyleContext.add_provider_for_screen(screen, provider, Gtk.STYLE_PROVIDER_PRIORITY_SETTINGS)
+    yield
+    Gtk.StyleContext.remove_provider_for_screen(screen, provider)
 
 
 def press(widget: Gtk.Widget, key: int, modifiers: Gdk.ModifierType = NONE) -> None:

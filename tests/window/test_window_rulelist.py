@@ -5,11 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 from listed import group, row, system
-from onscreen import focused, press
+from onscreen import dark_theme, focused, press
 from screen import settle, until
 
 from qubes_fwd_qrexec.admin.states import State
 from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.window import style
 from qubes_fwd_qrexec.window.cells import Cells, Item
 from qubes_fwd_qrexec.window.gtk import Atk, Gdk, GLib, Gtk
 from qubes_fwd_qrexec.window.portions import PORTION_S, Portions
@@ -223,6 +224,33 @@ def test_what_is_selected_has_no_colour_of_its_own(shown: Shown) -> None:
     assert colours() == [False, True]
     press(shown.view, Gdk.KEY_Down)
     assert colours() == [True, False]
+
+
+def foregrounds(shown: Shown) -> list[str | None]:
+    return [each[FOREGROUND] for each in shown.view.get_model()[0].iterchildren()]
+
+
+def test_rows_have_the_colours_of_a_theme_that_comes_while_they_are_shown(
+    shown: Shown,
+) -> None:
+    shown.list.show((WORK,))
+    light = foregrounds(shown)
+    with dark_theme():
+        until(lambda: foregrounds(shown) == [style.colours(shown.view)["open"]] * 2 != light)
+    until(lambda: foregrounds(shown) == light)
+
+
+def test_rows_that_wait_for_their_turn_are_shown_whatever_gtk_says_of_the_theme_meanwhile(
+    shown: Shown,
+) -> None:
+    def other_work() -> Iterator[None]:
+        shown.list.show((WORK,))
+        shown.view.emit("style-updated")
+        yield
+
+    Portions().run(other_work())
+    until(lambda: not shown.list.is_filling)
+    assert shown.texts() == ["work", "● OPEN", "● OPEN"]
 
 
 def test_keys_go_through_the_rows_fold_them_and_open_the_details(shown: Shown) -> None:

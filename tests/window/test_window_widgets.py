@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import BOUND_S
+from onscreen import dark_theme
 from screen import settle, until
 
 from qubes_fwd_qrexec.window import style
@@ -88,6 +89,24 @@ def test_the_style_is_taken_without_complaint(name: str) -> None:
     window.show_all()
     settle()
     window.destroy()
+
+
+def test_the_style_follows_the_theme() -> None:
+    window, text = Gtk.Window(), label("text", style="bad")
+    window.add(text)
+    style.apply(window)
+    window.show_all()
+
+    def colour() -> str:
+        return text.get_style_context().get_color(Gtk.StateFlags.NORMAL).to_string()
+
+    settle()
+    light = colour()
+    with dark_theme():
+        until(lambda: colour() not in (light, "rgb(255,255,255)"))
+    until(lambda: colour() == light)
+    window.destroy()
+    assert colour() != light, "what was styled with it is not any more"
 
 
 def test_what_another_thread_delivers_runs_in_the_main_one_and_once() -> None:
