@@ -225,17 +225,17 @@ def test_gtk_is_imported_in_one_place() -> None:
     assert [name for name in MODULES if "/gi" in imports()[name]] == ["window.gtk"]
 
 
-# What the window shows and does, as values: tried without GTK, and used by its threads.
-OF_THE_MODEL = (
-    *("actions", "agreement", "alerts", "board", "draft", "entries", "figures", "inforce", "judging", "look"),
-    *("mends", "news", "notices", "panic", "remedies", "rows", "words", "worker"),
-)
+def test_what_the_window_knows_and_shows_is_known_without_gtk() -> None:
+    """As values, which are tried without GTK and made by its threads."""
+    model = {name for name in MODULES if f"{name}.".startswith("window.model.")}
+    assert len(model) > 20
+    assert {found for name in model for found in ours(name) if room(found) == "window"} <= {*model, "window"}
 
 
-def test_what_the_window_shows_is_known_without_gtk() -> None:
-    names = [f"window.{name}" for name in OF_THE_MODEL]
-    assert set(names) <= set(MODULES)
-    assert [name for name in names if "window.gtk" in reached_by(name)] == []
+def test_only_the_programs_of_the_window_open_dialogs() -> None:
+    openers = {name for name in MODULES for found in imports()[name] if found.startswith("window.dialogs.")}
+    dialogs = {name for name in MODULES if name.startswith("window.dialogs.")}
+    assert openers - dialogs == {"window.app", "window.tray"}
 
 
 def test_the_protocol_is_pure() -> None:

@@ -25,7 +25,7 @@ WINDOWS = {
     "the window with a rule": _WINDOW | {"buttons", "clientlist", "detail"},
     "the window with a group": _WINDOW | {"grouppane"},
     "the window with nothing": _WINDOW | {"placeholder"},
-    "Add and Edit": {"editor", "fields", "form", "judging", "moment", "sections"},
+    "Add and Edit": {"editor", "fields", "form", "judgement", "calendar", "sections"},
     "Close everything": {"closing"},
     "Confirm": {"confirmation"} | _QUESTION,
     "Cut": {"cutting"} | _QUESTION,
@@ -83,7 +83,7 @@ def texts_in(source: str, module: str) -> tuple[list[Text], list[str]]:
     return found, wrong
 
 
-MODULES = {path.stem: texts_in(path.read_text(), path.stem) for path in sorted(WINDOW.glob("*.py"))}
+MODULES = {path.stem: texts_in(path.read_text(), path.stem) for path in sorted(WINDOW.rglob("*.py"))}
 # words.py has the functions themselves.
 TEXTS = [text for name, (found, _) in MODULES.items() if name != "words" for text in found]
 

@@ -13,24 +13,24 @@ from qubes_fwd_qrexec.admin.views.connected import Client
 from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.values import QubeName
 
-from . import actions
-from .actions import Done
-from .board import Board
-from .closing import Closing
-from .confirmation import Confirmation
-from .cutting import Cutting
-from .diagnosis import Diagnosis
-from .editor import Editor
+from .dialogs.closing import Closing
+from .dialogs.confirmation import Confirmation
+from .dialogs.cutting import Cutting
+from .dialogs.diagnosis import Diagnosis
+from .dialogs.editor import Editor
+from .dialogs.opening import Opening, opens_to_anybody
+from .dialogs.removal import Removal
+from .dialogs.resuming import Resuming
 from .gtk import Gdk, GLib, Gtk
 from .mainwindow import MainWindow
-from .opening import Opening, opens_to_anybody
+from .model import actions
+from .model.actions import Done
+from .model.board import Board
+from .model.remedies import Act, Remedy
+from .model.worker import fault
 from .program import Start
-from .remedies import Act, Remedy
-from .removal import Removal
-from .resuming import Resuming
 from .visibility import Visibility
 from .widgets import deliver, later
-from .worker import fault
 
 APP_ID = "org.qubesos.forwardmanager"
 _ICON = "qubes-forward-manager"

@@ -3,12 +3,12 @@
 
 from collections.abc import Callable, Iterable
 
-from .alerts import Alert, Way
 from .gtk import Atk, Gtk
 from .kept import Rows, Text
-from .rows import Summary, Tone
+from .model.alerts import Alert, Way
+from .model.rows import Summary, Tone
+from .model.words import _
 from .widgets import GAP, button, column, deliver, row
-from .words import _
 
 # A sign besides colour and words.
 _SIGNS = {

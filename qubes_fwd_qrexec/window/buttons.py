@@ -6,11 +6,11 @@ from functools import partial
 
 from qubes_fwd_qrexec.admin.states import State
 
-from .about import About
-from .commands import Commands
 from .gtk import Gtk
+from .model.about import About
+from .model.commands import Commands
+from .model.words import _
 from .widgets import GAP, button, named
-from .words import _
 
 HOUR_S = 3600
 COLUMNS, COLUMNS_BELOW = 3, 4

@@ -9,17 +9,15 @@ from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.admin.states import Key, State
+from qubes_fwd_qrexec.admin.states import State
 from qubes_fwd_qrexec.admin.views.tables import escaped
 from qubes_fwd_qrexec.common.values import QubeName
 
 from . import style
 from .gtk import GdkPixbuf, Gio, GLib, Gtk, Pango
-from .rows import ENDED, Group, Row
-from .words import _, ngettext
+from .model.rows import ENDED, Group, Item, Row
+from .model.words import _, ngettext
 
-Item = QubeName | Key
-"""A group by its qube, or a rule."""
 SIGNS = {
     State.ACTIVE: ("●", "open"),
     State.WAITING: ("◐", "open"),

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin.views.tables import Check, escaped
 
-from .commands import Commands
 from .gtk import Gtk
 from .kept import Rows, Text
-from .remedies import remedy
+from .model.commands import Commands
+from .model.remedies import remedy
+from .model.words import _
 from .widgets import button, column, row
-from .words import _
 
 
 class _Key(NamedTuple):

@@ -10,11 +10,11 @@ from qubes_fwd_qrexec.admin.views.tables import size
 from qubes_fwd_qrexec.admin.views.times import amount, local
 from qubes_fwd_qrexec.common.values import IPAddress, Proto, QubeName, address_text
 
-from .commands import Commands
 from .gtk import Gtk
 from .kept import Rows, Text
+from .model.commands import Commands
+from .model.words import _, ngettext
 from .widgets import button, column, named, row
-from .words import _, ngettext
 
 SHOWN_MAX = 20
 """Of thousands; the others are counted."""

@@ -3,7 +3,7 @@
 
 from .cells import Cells
 from .gtk import Gtk, Pango
-from .words import _
+from .model.words import _
 
 WIDE = {"who": 18, "comment": 8}
 """Columns that share the place that is left, and how many characters they show at least."""

@@ -10,18 +10,18 @@ from functools import partial
 from qubes_fwd_qrexec.admin.states import Key
 
 from . import cells
-from .about import About, about
-from .actions import error_lines
-from .board import Board
 from .buttons import COLUMNS, COLUMNS_BELOW, Buttons
 from .checklist import CheckList
 from .clientlist import ClientList
-from .commands import Commands
 from .gtk import Gdk, GLib, Gtk
 from .kept import Lines, Text
+from .model.about import About, about
+from .model.actions import error_lines
+from .model.board import Board
+from .model.commands import Commands
+from .model.words import _
 from .portions import Portions
 from .widgets import GAP, column, named, row, scrolled
-from .words import _
 
 _PROBE = "0" * 40
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from qubes_fwd_qrexec.common.values import QubeName
 
 from .gtk import Gtk
-from .rows import Filter, Show
+from .model.rows import Filter, Show
+from .model.words import _
 from .widgets import GAP, named, row
-from .words import _
 
 # Pixels beside the name with the most letters, which need not be the widest; half as many above and below.
 _PADDING = 12

@@ -4,9 +4,9 @@
 from collections.abc import Callable
 
 from .gtk import Gtk
-from .rows import ENDED, Group
+from .model.rows import ENDED, Group
+from .model.words import _, ngettext
 from .widgets import GAP, button, column, label
-from .words import _, ngettext
 
 
 class GroupPane:

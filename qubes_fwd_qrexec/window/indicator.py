@@ -3,10 +3,10 @@
 
 from collections.abc import Callable
 
-from .board import Board
 from .gtk import Gtk
-from .indication import Indication, indication
-from .words import _
+from .model.board import Board
+from .model.indication import Indication, indication
+from .model.words import _
 
 NAME = "qubes-forward-indicator"
 

@@ -6,25 +6,25 @@ from collections.abc import Callable, Iterator
 from qubes_fwd_qrexec.admin.states import Key
 from qubes_fwd_qrexec.admin.watch import next_end
 
-from . import alerts, rows, style
+from . import style
 from .bars import AlertBars, SummaryBar
-from .board import TICK_S, Board
-from .cells import Item
-from .commands import Commands
 from .detail import Detail
-from .figures import leftovers
 from .filters import Filters
 from .grouppane import GroupPane
 from .gtk import Gdk, Gtk
-from .look import Look
+from .model import alerts, rows
+from .model.board import TICK_S, Board
+from .model.commands import Commands
+from .model.figures import leftovers
+from .model.look import Look
+from .model.rowmenu import menu_items
+from .model.rows import ENDED, SOON_S, Filter, Group, Item, Show
+from .model.words import _
 from .outcome import Outcome
 from .placeholder import Lack, Placeholder
 from .portions import Portions
-from .rowmenu import menu_items
-from .rows import ENDED, SOON_S, Filter, Group, Show
 from .rulelist import RuleList
 from .widgets import GAP, button, column, deliver, row
-from .words import _
 
 WIDE = 1000
 """Pixels from which on the details stand beside the list; in a narrower window they are below it."""

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from qubes_fwd_qrexec.admin.views.tables import shortened
 
-from .actions import Done, error_lines
 from .gtk import Atk, Gtk
+from .model.actions import Done, error_lines
+from .model.words import _, ngettext
 from .widgets import column, label, named, scrolled
-from .words import _, ngettext
 
 _HEIGHT_MAX = 180
 LINES_MAX = 20

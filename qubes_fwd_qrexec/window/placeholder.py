@@ -5,8 +5,8 @@ from collections.abc import Callable
 from enum import Enum, auto
 
 from .gtk import Gtk
+from .model.words import _
 from .widgets import GAP, button, column, label
-from .words import _
 
 
 class Lack(Enum):

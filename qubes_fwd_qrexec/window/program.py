@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.admin.views import locate
 from qubes_fwd_qrexec.common.errors import ForwardError
 
 from . import garbage
-from .worker import OpenBackend
+from .model.worker import OpenBackend
 
 _NO_GTK = (
     "this program needs GTK 3 for Python; install python3-gobject and gtk3 (on Debian python3-gi and "

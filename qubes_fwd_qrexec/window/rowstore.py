@@ -6,9 +6,9 @@ What stays is not touched, so whoever looks at the list keeps what is selected, 
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from .cells import Cells, Item, of_group, of_row
+from .cells import Cells, of_group, of_row
 from .gtk import Gio, GObject, Gtk
-from .rows import Group, Row
+from .model.rows import Group, Item, Row
 
 _COLOURS = tuple(Cells._fields.index(field) for field in ("state_foreground", "who_foreground"))
 

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from qubes_fwd_qrexec.admin.states import Key
 
 from . import style
-from .cells import Item
 from .columns import Column, titles
 from .gtk import Gdk, Gtk
+from .model.rows import ENDED, Group, Item
+from .model.words import _
 from .portions import Portions
-from .rows import ENDED, Group
 from .rowstore import RowStore
 from .widgets import deliver, named
-from .words import _
 
 _PERHAPS = ("way", "ends", "comment", "role")
 """Columns that are shown only where they say something; the way only where it is not the same for all."""

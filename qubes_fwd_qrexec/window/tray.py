@@ -10,15 +10,15 @@ import sys
 from contextlib import suppress
 from types import TracebackType
 
-from .board import Board
-from .closing import Closing
+from .dialogs.closing import Closing
 from .gtk import Gdk, Gio, GLib, Gtk
 from .indicator import NAME, Indicator
-from .notices import Notice, Notifier
+from .model.board import Board
+from .model.notices import Notice, Notifier
+from .model.words import _
+from .model.worker import fault
 from .program import Start
 from .widgets import deliver, later
-from .words import _
-from .worker import fault
 
 APP_ID = "org.qubesos.forwardindicator"
 _SERVER, _SERVER_PATH = "org.freedesktop.Notifications", "/org/freedesktop/Notifications"

@@ -11,9 +11,9 @@ from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.states import Key
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.window import widgets
-from qubes_fwd_qrexec.window.board import Board
 from qubes_fwd_qrexec.window.detail import Detail
 from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.model.board import Board
 
 KEY: Key = (QubeName("work"), "web")
 PLAIN, CLIENTS = ("sys-net", "qubes.ForwardStatus+"), ("sys-net", "qubes.ForwardStatus+clients")

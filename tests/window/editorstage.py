@@ -12,10 +12,10 @@ from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import ForwardRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.window.actions import Done
-from qubes_fwd_qrexec.window.board import Board
-from qubes_fwd_qrexec.window.editor import Editor
+from qubes_fwd_qrexec.window.dialogs.editor import Editor
 from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.model.actions import Done
+from qubes_fwd_qrexec.window.model.board import Board
 
 WORK, WEB = QubeName("work"), (QubeName("work"), RuleName("web"))
 LINE = "action=forward mode=qrexec srcports=80 srchosts=10.0.0.0/8 owner=work path=sys-firewall,sys-net"

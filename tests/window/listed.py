@@ -5,7 +5,7 @@ from typing import Any
 
 from qubes_fwd_qrexec.admin.states import State
 from qubes_fwd_qrexec.common.values import QubeName
-from qubes_fwd_qrexec.window.rows import Group, Row
+from qubes_fwd_qrexec.window.model.rows import Group, Row
 
 
 def row(name: str, target: str = "work", **more: Any) -> Row:

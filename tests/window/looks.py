@@ -11,7 +11,7 @@ from qubes_fwd_qrexec.admin.snapshot import Snapshot, read_rules
 from qubes_fwd_qrexec.admin.states import Key, Plan
 from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
-from qubes_fwd_qrexec.window.look import Look
+from qubes_fwd_qrexec.window.model.look import Look
 
 
 def stored(inventory: Inventory, *rules: NamedRule | tuple[str, str, str]) -> Snapshot:

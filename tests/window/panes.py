@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 from screen import settle, until
 
-from qubes_fwd_qrexec.window.actions import Done
-from qubes_fwd_qrexec.window.board import Board
 from qubes_fwd_qrexec.window.gtk import Gdk, Gtk
+from qubes_fwd_qrexec.window.model.actions import Done
+from qubes_fwd_qrexec.window.model.board import Board
 
 W = TypeVar("W", bound=Gtk.Widget)
 PROBE = "<b>&amp; <i>"

@@ -22,10 +22,10 @@ from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
-from qubes_fwd_qrexec.window import figures
-from qubes_fwd_qrexec.window.about import About, about
-from qubes_fwd_qrexec.window.figures import Figures
-from qubes_fwd_qrexec.window.look import look_at
+from qubes_fwd_qrexec.window.model import figures
+from qubes_fwd_qrexec.window.model.about import About, about
+from qubes_fwd_qrexec.window.model.figures import Figures
+from qubes_fwd_qrexec.window.model.look import look_at
 
 KEY: Key = (QubeName("work"), "web")
 

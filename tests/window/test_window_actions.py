@@ -24,8 +24,8 @@ from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import ForwardRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.window import actions
-from qubes_fwd_qrexec.window.actions import Done, error_lines
+from qubes_fwd_qrexec.window.model import actions
+from qubes_fwd_qrexec.window.model.actions import Done, error_lines
 
 WORK, WEB = QubeName("work"), RuleName("web")
 KEY: Key = (WORK, WEB)

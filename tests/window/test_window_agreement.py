@@ -13,9 +13,9 @@ from qubes_fwd_qrexec.admin.states import Key
 from qubes_fwd_qrexec.admin.views import reasons
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.window import actions
-from qubes_fwd_qrexec.window.agreement import Agreement, Turn, agreement
-from qubes_fwd_qrexec.window.look import look_at
+from qubes_fwd_qrexec.window.model import actions
+from qubes_fwd_qrexec.window.model.agreement import Agreement, Turn, agreement
+from qubes_fwd_qrexec.window.model.look import look_at
 
 KEY: Key = (QubeName("work"), "web")
 

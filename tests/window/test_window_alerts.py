@@ -9,8 +9,8 @@ from worlds import ADD, NOW, Command, rule
 
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.common.values import QubeName
-from qubes_fwd_qrexec.window.alerts import Alert, Way, alerts
-from qubes_fwd_qrexec.window.look import Look, look_at
+from qubes_fwd_qrexec.window.model.alerts import Alert, Way, alerts
+from qubes_fwd_qrexec.window.model.look import Look, look_at
 
 
 def of(look: Look | None, *left: str, trouble: str | None = None) -> list[Alert]:

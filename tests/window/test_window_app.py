@@ -16,11 +16,11 @@ from worlds import ADD, Command
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
-from qubes_fwd_qrexec.window.actions import Done
 from qubes_fwd_qrexec.window.app import APP_ID, Manager, Program, begin
 from qubes_fwd_qrexec.window.gtk import Gdk, GLib, Gtk
+from qubes_fwd_qrexec.window.model.actions import Done
+from qubes_fwd_qrexec.window.model.remedies import Act, Remedy
 from qubes_fwd_qrexec.window.program import Start
-from qubes_fwd_qrexec.window.remedies import Act, Remedy
 
 WEB = ("work", "web")
 

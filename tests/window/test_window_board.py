@@ -12,10 +12,10 @@ from qubes_fwd_qrexec.admin.states import State
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
-from qubes_fwd_qrexec.window import board as boards
-from qubes_fwd_qrexec.window import figures
-from qubes_fwd_qrexec.window.board import FIGURES_S, Board
-from qubes_fwd_qrexec.window.figures import Figures
+from qubes_fwd_qrexec.window.model import board as boards
+from qubes_fwd_qrexec.window.model import figures
+from qubes_fwd_qrexec.window.model.board import FIGURES_S, Board
+from qubes_fwd_qrexec.window.model.figures import Figures
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.window import style
 from qubes_fwd_qrexec.window.cells import SIGNS, Cells, icon, of_group, of_row
 from qubes_fwd_qrexec.window.gtk import GdkPixbuf, Gio, Pango
-from qubes_fwd_qrexec.window.rows import ENDED, Row
+from qubes_fwd_qrexec.window.model.rows import ENDED, Row
 
 COLOURS = {"open": "#0a0", "bad": "#a00", "note": "#aa0", "faint": "#777"}
 

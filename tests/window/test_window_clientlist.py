@@ -19,10 +19,10 @@ from qubes_fwd_qrexec.admin.views.connected import Client
 from qubes_fwd_qrexec.common.report import ForwardReport
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.window.board import FIGURES_S
 from qubes_fwd_qrexec.window.clientlist import SHOWN_MAX
 from qubes_fwd_qrexec.window.clientlist import words as client_words
 from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.model.board import FIGURES_S
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from worlds import ADD, Command, content
 
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
-from qubes_fwd_qrexec.window.closing import LINES_MAX, Closing
+from qubes_fwd_qrexec.window.dialogs.closing import LINES_MAX, Closing
 from qubes_fwd_qrexec.window.gtk import Gtk, Pango
 
 W = TypeVar("W", bound=Gtk.Widget)

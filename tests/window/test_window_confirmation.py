@@ -19,12 +19,12 @@ from qubes_fwd_qrexec.admin.views.connected import Client
 from qubes_fwd_qrexec.common.clientreport import CutReport
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.window import confirmation as confirmations
 from qubes_fwd_qrexec.window import widgets
-from qubes_fwd_qrexec.window.board import Board
-from qubes_fwd_qrexec.window.confirmation import WAIT_S, Confirmation
-from qubes_fwd_qrexec.window.cutting import Cutting
-from qubes_fwd_qrexec.window.removal import SHOWN_MAX, Removal
+from qubes_fwd_qrexec.window.dialogs import confirmation as confirmations
+from qubes_fwd_qrexec.window.dialogs.confirmation import WAIT_S, Confirmation
+from qubes_fwd_qrexec.window.dialogs.cutting import Cutting
+from qubes_fwd_qrexec.window.dialogs.removal import SHOWN_MAX, Removal
+from qubes_fwd_qrexec.window.model.board import Board
 
 WORK = QubeName("work")
 KEY: Key = (WORK, "web")

@@ -22,11 +22,11 @@ from qubes_fwd_qrexec.admin.views.tables import Check
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.window import detail as details
-from qubes_fwd_qrexec.window.about import About
 from qubes_fwd_qrexec.window.checklist import CheckList
-from qubes_fwd_qrexec.window.figures import Figures
 from qubes_fwd_qrexec.window.gtk import Gtk
-from qubes_fwd_qrexec.window.look import Look
+from qubes_fwd_qrexec.window.model.about import About
+from qubes_fwd_qrexec.window.model.figures import Figures
+from qubes_fwd_qrexec.window.model.look import Look
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from qubes_fwd_qrexec.common.report import Answer, Trial
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.window import widgets
-from qubes_fwd_qrexec.window.board import Board
-from qubes_fwd_qrexec.window.diagnosis import Diagnosis
+from qubes_fwd_qrexec.window.dialogs.diagnosis import Diagnosis
 from qubes_fwd_qrexec.window.gtk import Gdk, Gtk
+from qubes_fwd_qrexec.window.model.board import Board
 
 KEY: Key = (QubeName("vault"), "dns")
 WELL = "Everything on the way to the server works. What the server says to its clients was not tried."

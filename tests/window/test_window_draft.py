@@ -14,7 +14,7 @@ from qubes_fwd_qrexec.admin.editing import edited
 from qubes_fwd_qrexec.common.errors import RuleError
 from qubes_fwd_qrexec.common.options import Option, split
 from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule
-from qubes_fwd_qrexec.window.draft import Draft, Ends, Where, clock_text
+from qubes_fwd_qrexec.window.model.draft import Draft, Ends, Where, clock_text
 
 TYPED = Draft(target=" work ", ports=" 80 ", sources=" 192.168.0.0/16,10.0.0.0/8 ", ends=Ends.NEVER)
 

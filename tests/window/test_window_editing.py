@@ -12,7 +12,7 @@ from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import ForwardRule
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.window.board import Board
+from qubes_fwd_qrexec.window.model.board import Board
 from qubes_fwd_qrexec.window.widgets import deliver
 
 

@@ -16,8 +16,8 @@ from zones import zone
 
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.window.board import Board
 from qubes_fwd_qrexec.window.gtk import Gdk, Gtk
+from qubes_fwd_qrexec.window.model.board import Board
 from qubes_fwd_qrexec.window.widgets import deliver
 
 

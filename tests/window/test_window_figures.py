@@ -20,9 +20,9 @@ from qubes_fwd_qrexec.common.report import QubeReport, dump
 from qubes_fwd_qrexec.common.values import Proto, QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
-from qubes_fwd_qrexec.window import figures
-from qubes_fwd_qrexec.window.figures import Figures, clients, leftovers, lines
-from qubes_fwd_qrexec.window.look import look_at
+from qubes_fwd_qrexec.window.model import figures
+from qubes_fwd_qrexec.window.model.figures import Figures, clients, leftovers, lines
+from qubes_fwd_qrexec.window.model.look import look_at
 
 KEY: Key = (QubeName("work"), "web")
 BYTES = "999 from clients, 1.5 KiB to clients"

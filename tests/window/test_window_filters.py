@@ -7,7 +7,7 @@ from screen import until
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.window.filters import Filters
 from qubes_fwd_qrexec.window.gtk import Gtk
-from qubes_fwd_qrexec.window.rows import Filter, Show
+from qubes_fwd_qrexec.window.model.rows import Filter, Show
 
 
 class Shown:

@@ -15,10 +15,10 @@ from worlds import NOW, qube, rule, world
 
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward
 from qubes_fwd_qrexec.common.rules import NamedRule
-from qubes_fwd_qrexec.window.draft import Draft, Ends, Where
-from qubes_fwd_qrexec.window.form import Form
+from qubes_fwd_qrexec.window.dialogs.form import Form
 from qubes_fwd_qrexec.window.gtk import Atk, Gtk
-from qubes_fwd_qrexec.window.judging import Judgement
+from qubes_fwd_qrexec.window.model.draft import Draft, Ends, Where
+from qubes_fwd_qrexec.window.model.judgement import Judgement
 from qubes_fwd_qrexec.window.widgets import scrolled
 
 PROBE = "<b>&amp; __x"

@@ -11,8 +11,8 @@ from worlds import ADD, NOW, Command
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.window import widgets
-from qubes_fwd_qrexec.window.board import Board
 from qubes_fwd_qrexec.window.indicator import Indicator
+from qubes_fwd_qrexec.window.model.board import Board
 
 
 class Case:

@@ -10,8 +10,8 @@ from qubes_fwd_qrexec.admin.states import State
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.window import figures
-from qubes_fwd_qrexec.window.look import look_at
+from qubes_fwd_qrexec.window.model import figures
+from qubes_fwd_qrexec.window.model.look import look_at
 
 KEY = (QubeName("work"), "web")
 

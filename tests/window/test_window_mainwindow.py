@@ -13,9 +13,9 @@ from worlds import ADD, NOW, Command
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.window.board import Board
 from qubes_fwd_qrexec.window.gtk import Gdk, Gtk
 from qubes_fwd_qrexec.window.mainwindow import WIDE, MainWindow
+from qubes_fwd_qrexec.window.model.board import Board
 from qubes_fwd_qrexec.window.widgets import deliver, later
 
 WEB = ("work", "web")

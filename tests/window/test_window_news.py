@@ -12,8 +12,8 @@ from mainloop import MainLoop
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
-from qubes_fwd_qrexec.window import news
-from qubes_fwd_qrexec.window.news import News
+from qubes_fwd_qrexec.window.model import news
+from qubes_fwd_qrexec.window.model.news import News
 
 
 class Told:

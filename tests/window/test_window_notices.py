@@ -17,8 +17,8 @@ from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
-from qubes_fwd_qrexec.window.look import Look, look_at
-from qubes_fwd_qrexec.window.notices import (
+from qubes_fwd_qrexec.window.model.look import Look, look_at
+from qubes_fwd_qrexec.window.model.notices import (
     MOST_S,
     NAMED_MAX,
     QUIET_S,
@@ -28,7 +28,7 @@ from qubes_fwd_qrexec.window.notices import (
     changes,
     notices,
 )
-from qubes_fwd_qrexec.window.notices import Kind as Became
+from qubes_fwd_qrexec.window.model.notices import Kind as Became
 
 LAN = "srchosts=192.168.0.0/16"
 UP = Inventory({name: each._replace(is_running=True) for name, each in world().qubes.items()})

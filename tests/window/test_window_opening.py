@@ -14,9 +14,10 @@ from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.states import Key
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.window import actions, widgets
-from qubes_fwd_qrexec.window.board import Board
-from qubes_fwd_qrexec.window.opening import Opening, opens_to_anybody
+from qubes_fwd_qrexec.window import widgets
+from qubes_fwd_qrexec.window.dialogs.opening import Opening, opens_to_anybody
+from qubes_fwd_qrexec.window.model import actions
+from qubes_fwd_qrexec.window.model.board import Board
 
 KEY: Key = (QubeName("work"), "web")
 ADD = ("add", "work", "80", "--name", "web", "--from")

@@ -10,8 +10,8 @@ from screen import settle
 from worlds import NOW
 
 from qubes_fwd_qrexec.common.errors import RefusedError
-from qubes_fwd_qrexec.window.actions import Done
 from qubes_fwd_qrexec.window.gtk import Atk, Gtk
+from qubes_fwd_qrexec.window.model.actions import Done
 from qubes_fwd_qrexec.window.outcome import LINES_MAX, Outcome
 from qubes_fwd_qrexec.window.widgets import column
 

@@ -13,8 +13,8 @@ from worlds import ADD, Command, Result
 
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
-from qubes_fwd_qrexec.window import panic
-from qubes_fwd_qrexec.window.panic import REPORT_MAX_BYTES, Reading, Report
+from qubes_fwd_qrexec.window.model import panic
+from qubes_fwd_qrexec.window.model.panic import REPORT_MAX_BYTES, Reading, Report
 
 UNKNOWN = "IT IS UNKNOWN WHETHER EVERYTHING IS CLOSED"
 HELD = "The rules are kept as they are, and nothing opens until you resume."

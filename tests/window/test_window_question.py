@@ -13,10 +13,10 @@ from worlds import NOW
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.window import widgets
-from qubes_fwd_qrexec.window.actions import Done
-from qubes_fwd_qrexec.window.board import Board
+from qubes_fwd_qrexec.window.dialogs.question import Question
 from qubes_fwd_qrexec.window.gtk import Gdk, Gtk
-from qubes_fwd_qrexec.window.question import Question
+from qubes_fwd_qrexec.window.model.actions import Done
+from qubes_fwd_qrexec.window.model.board import Board
 
 DONE = Done(("done",), (), is_well=True)
 

@@ -13,8 +13,8 @@ from qubes_fwd_qrexec.admin.views import diagnose, nftwalk, reasons, served
 from qubes_fwd_qrexec.admin.views.reasons import Command
 from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.values import QubeName
-from qubes_fwd_qrexec.window.draft import Draft
-from qubes_fwd_qrexec.window.remedies import Act, remedy
+from qubes_fwd_qrexec.window.model.draft import Draft
+from qubes_fwd_qrexec.window.model.remedies import Act, remedy
 
 KEY: Key = (QubeName("work"), "web")
 FACTS = defaultdict(

@@ -15,10 +15,10 @@ from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.views.times import print_time
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.window import widgets
-from qubes_fwd_qrexec.window.board import Board
+from qubes_fwd_qrexec.window.dialogs.resuming import Resuming
 from qubes_fwd_qrexec.window.gtk import Gtk
-from qubes_fwd_qrexec.window.reopening import SHOWN_MAX, reopening
-from qubes_fwd_qrexec.window.resuming import Resuming
+from qubes_fwd_qrexec.window.model.board import Board
+from qubes_fwd_qrexec.window.model.reopening import SHOWN_MAX, reopening
 
 
 def test_what_opens_is_told_with_that_to_anybody_first() -> None:

@@ -10,9 +10,9 @@ from qubes_fwd_qrexec.admin.states import State
 from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.window import rows
-from qubes_fwd_qrexec.window.look import Look, look_at
-from qubes_fwd_qrexec.window.rows import ENDED, Filter, Row, Show, ends, groups
+from qubes_fwd_qrexec.window.model import rows
+from qubes_fwd_qrexec.window.model.look import Look, look_at
+from qubes_fwd_qrexec.window.model.rows import ENDED, Filter, Row, Show, ends, groups
 
 LAN = "srchosts=192.168.0.0/16"
 HALTED = qube("sys-net", is_running=False, provides_network=True)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from listed import group, row
 
 from qubes_fwd_qrexec.common.values import QubeName
-from qubes_fwd_qrexec.window.cells import Cells, Item
+from qubes_fwd_qrexec.window.cells import Cells
 from qubes_fwd_qrexec.window.gtk import Gtk
-from qubes_fwd_qrexec.window.rows import Group
+from qubes_fwd_qrexec.window.model.rows import Group, Item
 from qubes_fwd_qrexec.window.rowstore import RowStore
 
 Shape = list[tuple[str, list[tuple[str, str]]]]

@@ -11,10 +11,10 @@ from screen import settle, until
 from qubes_fwd_qrexec.admin.states import State
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.window import style
-from qubes_fwd_qrexec.window.cells import Cells, Item
+from qubes_fwd_qrexec.window.cells import Cells
 from qubes_fwd_qrexec.window.gtk import Atk, Gdk, GLib, Gtk
+from qubes_fwd_qrexec.window.model.rows import ENDED, Item
 from qubes_fwd_qrexec.window.portions import PORTION_S, Portions
-from qubes_fwd_qrexec.window.rows import ENDED
 from qubes_fwd_qrexec.window.rulelist import RuleList
 
 WORK, PERSONAL = group("work", row("tls"), row("web")), group("personal", row("wiki", "personal"))

@@ -25,7 +25,7 @@ assert debiangi.offer() is None
 from qubes_fwd_qrexec.window import garbage
 from qubes_fwd_qrexec.window.gtk import GLib, Gtk
 from qubes_fwd_qrexec.window.widgets import deliver
-from qubes_fwd_qrexec.window.worker import Worker
+from qubes_fwd_qrexec.window.model.worker import Worker
 
 ended = []
 

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-_SAY = "from qubes_fwd_qrexec.window.words import _, ngettext; print(_('Hello'), ngettext('one', 'many', 2))"
+_SAY = (
+    "from qubes_fwd_qrexec.window.model.words import _, ngettext; "
+    "print(_('Hello'), ngettext('one', 'many', 2))"
+)
 
 
 def said(locale_dir: Path) -> str:

@@ -11,7 +11,7 @@ from mainloop import MainLoop
 
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.common.errors import RefusedError, StoreError
-from qubes_fwd_qrexec.window.worker import TRACE_VARIABLE, FaultError, Worker
+from qubes_fwd_qrexec.window.model.worker import TRACE_VARIABLE, FaultError, Worker
 
 
 @pytest.fixture

@@ -16,21 +16,21 @@ from qubes_fwd_qrexec.common.errors import RuleError, UsageError
 from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.window.gtk import Gdk, Gtk
+from qubes_fwd_qrexec.window.model import actions
+from qubes_fwd_qrexec.window.model.actions import Done, error_lines
+from qubes_fwd_qrexec.window.model.board import Board, Later
+from qubes_fwd_qrexec.window.model.draft import QUBE, Draft, Ends
+from qubes_fwd_qrexec.window.model.judgement import NOTHING, Judgement, field_of, judge
+from qubes_fwd_qrexec.window.model.judgement import button as words_of_button
+from qubes_fwd_qrexec.window.model.look import Look
+from qubes_fwd_qrexec.window.model.mends import Mend
+from qubes_fwd_qrexec.window.model.words import _
+from qubes_fwd_qrexec.window.portions import Portions
+from qubes_fwd_qrexec.window.widgets import GAP, later, named, scrolled
 
-from . import actions
-from .actions import Done, error_lines
-from .board import Board, Later
-from .draft import QUBE, Draft, Ends
 from .form import Form
-from .gtk import Gdk, Gtk
-from .judging import NOTHING, Judgement, field_of, judge
-from .judging import button as words_of_button
-from .look import Look
-from .mends import Mend
-from .portions import Portions
 from .verdict import Verdict
-from .widgets import GAP, later, named, scrolled
-from .words import _
 
 Tell = Callable[[Done], None]
 # In pixels. Where the screen is lower, such as 800x600, the fields scroll; what is said below always does.

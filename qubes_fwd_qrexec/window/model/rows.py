@@ -15,6 +15,9 @@ from .inforce import Force
 from .look import Look
 from .words import _, ngettext
 
+Item = QubeName | Key
+"""A group by its qube, or a rule."""
+
 
 class Row(NamedTuple):
     """One rule, in words that need no colour.

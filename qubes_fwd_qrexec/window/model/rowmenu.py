@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin.states import Key, State
 
-from .cells import Item
 from .commands import Commands
 from .look import Look
-from .rows import ENDED
+from .rows import ENDED, Item
 from .words import _
 
 

@@ -3,12 +3,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from .gtk import Atk, Gtk
-from .judging import Judgement
-from .kept import Text
-from .mends import Mend
-from .widgets import GAP, button, column, named
-from .words import _
+from qubes_fwd_qrexec.window.gtk import Atk, Gtk
+from qubes_fwd_qrexec.window.kept import Text
+from qubes_fwd_qrexec.window.model.judgement import Judgement
+from qubes_fwd_qrexec.window.model.mends import Mend
+from qubes_fwd_qrexec.window.model.words import _
+from qubes_fwd_qrexec.window.widgets import GAP, button, column, named
 
 
 class Verdict:

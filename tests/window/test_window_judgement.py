@@ -14,8 +14,8 @@ from qubes_fwd_qrexec.admin.snapshot import Snapshot, read_rules
 from qubes_fwd_qrexec.admin.states import Cause, State
 from qubes_fwd_qrexec.admin.views.times import print_expire
 from qubes_fwd_qrexec.common.rules import NamedRule
-from qubes_fwd_qrexec.window.draft import Draft, Ends, Where
-from qubes_fwd_qrexec.window.judging import Judgement, judge
+from qubes_fwd_qrexec.window.model.draft import Draft, Ends, Where
+from qubes_fwd_qrexec.window.model.judgement import Judgement, judge
 
 DRAFT = Draft(target="work", ports="80", sources="192.168.0.0/16")
 INTERNAL = replace(DRAFT, where=Where.NETVM, sources="personal")

@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.common.rules import Mode, NamedRule
 
 from . import rows
 from .look import Look
-from .previewing import preview
+from .preview import preview
 from .words import _
 
 

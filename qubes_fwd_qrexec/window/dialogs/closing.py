@@ -6,11 +6,12 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from . import panic, style
-from .gtk import GLib, Gtk, Pango
-from .panic import Line, Reading, Report
-from .widgets import GAP, button, label, named
-from .words import _
+from qubes_fwd_qrexec.window import style
+from qubes_fwd_qrexec.window.gtk import GLib, Gtk, Pango
+from qubes_fwd_qrexec.window.model import panic
+from qubes_fwd_qrexec.window.model.panic import Line, Reading, Report
+from qubes_fwd_qrexec.window.model.words import _
+from qubes_fwd_qrexec.window.widgets import GAP, button, label, named
 
 _READ_BYTES = 1 << 16
 LINES_MAX = 5000

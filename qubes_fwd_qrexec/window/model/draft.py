@@ -2,7 +2,7 @@
 """A rule as the fields of Add and Edit hold it: texts as they were typed, which may be wrong or missing.
 
 A draft becomes options as `add` and `set` of the command line have them. Nothing is checked here: see
-`judging`.
+`judgement`.
 """
 
 import re

@@ -8,13 +8,13 @@ from typing import ClassVar
 from qubes_fwd_qrexec.admin.inventory import ADMIN, REMOTE, TEMPLATE, Inventory
 from qubes_fwd_qrexec.common.rules import Mode, OnExpire, Proxy, Transport
 from qubes_fwd_qrexec.common.values import Proto, QubeName
+from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.model.draft import NAME, PRESETS, QUBE, Draft, Where
+from qubes_fwd_qrexec.window.model.judgement import Judgement
+from qubes_fwd_qrexec.window.model.words import _
+from qubes_fwd_qrexec.window.widgets import GAP, button, column, label, row
 
-from .draft import NAME, PRESETS, QUBE, Draft, Where
 from .fields import Changed, Choice, Entry, NameEntry, Radios, Section, Switch, hidden
-from .gtk import Gtk
-from .judging import Judgement
-from .widgets import GAP, button, column, label, row
-from .words import _
 
 _NO_TARGETS = (ADMIN, TEMPLATE, REMOTE)
 

@@ -11,16 +11,17 @@ from functools import partial
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.states import Key
+from qubes_fwd_qrexec.window import widgets
+from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.kept import LINE_MAX, Text
+from qubes_fwd_qrexec.window.model import actions
+from qubes_fwd_qrexec.window.model.actions import Done, error_lines
+from qubes_fwd_qrexec.window.model.agreement import Agreement, Turn, agreement
+from qubes_fwd_qrexec.window.model.board import Board, Later
+from qubes_fwd_qrexec.window.model.words import _
+from qubes_fwd_qrexec.window.widgets import GAP
 
-from . import actions, widgets
-from .actions import Done, error_lines
-from .agreement import Agreement, Turn, agreement
-from .board import Board, Later
-from .gtk import Gtk
-from .kept import LINE_MAX, Text
 from .question import Question, Tell
-from .widgets import GAP
-from .words import _
 
 WAIT_S = 1.0
 

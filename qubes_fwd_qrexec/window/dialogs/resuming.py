@@ -10,17 +10,18 @@ from functools import partial
 
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.states import Plan
+from qubes_fwd_qrexec.window import widgets
+from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.kept import Lines, Text
+from qubes_fwd_qrexec.window.model import actions
+from qubes_fwd_qrexec.window.model.actions import Done, error_lines
+from qubes_fwd_qrexec.window.model.board import Board, Later
+from qubes_fwd_qrexec.window.model.look import Look
+from qubes_fwd_qrexec.window.model.reopening import Reopening, reopening
+from qubes_fwd_qrexec.window.model.words import _
+from qubes_fwd_qrexec.window.widgets import named
 
-from . import actions, widgets
-from .actions import Done, error_lines
-from .board import Board, Later
-from .gtk import Gtk
-from .kept import Lines, Text
-from .look import Look
 from .question import Question, Tell
-from .reopening import Reopening, reopening
-from .widgets import named
-from .words import _
 
 WAIT_S = 1.0
 

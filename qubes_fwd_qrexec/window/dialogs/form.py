@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.model.draft import Draft
+from qubes_fwd_qrexec.window.model.judgement import NOTHING, Judgement
+from qubes_fwd_qrexec.window.model.words import _
+from qubes_fwd_qrexec.window.widgets import GAP, column
 
-from .draft import Draft
+from .calendar import HowLong
 from .fields import Changed, Field, Section
-from .gtk import Gtk
-from .judging import NOTHING, Judgement
-from .moment import HowLong
 from .sections import Further, Reachable, Remark, What, Who
-from .widgets import GAP, column
-from .words import _
 
 _SECTIONS: tuple[Callable[[Changed], Section], ...] = (What, Reachable, Who, HowLong, Remark, Further)
 

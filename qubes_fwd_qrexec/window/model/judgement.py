@@ -23,7 +23,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 
 from .draft import ANYBODY, NAME, QUBE, Draft
 from .mends import Mend, of_contradiction, of_ways_out
-from .previewing import Preview, preview
+from .preview import Preview, preview
 from .words import _
 
 NOTHING: Mapping[str, str] = MappingProxyType({})

@@ -10,13 +10,13 @@ from datetime import datetime
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.views.times import parse_expire, print_expire
 from qubes_fwd_qrexec.common.errors import TextError
+from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.kept import Text
+from qubes_fwd_qrexec.window.model.draft import Draft, Ends, clock_text
+from qubes_fwd_qrexec.window.model.words import _
+from qubes_fwd_qrexec.window.widgets import GAP, column, label, named, row
 
-from .draft import Draft, Ends, clock_text
 from .fields import Changed, Entry, Radios, Section
-from .gtk import Gtk
-from .kept import Text
-from .widgets import GAP, column, label, named, row
-from .words import _
 
 
 class HowLong(Section):

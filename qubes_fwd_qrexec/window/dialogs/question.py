@@ -7,13 +7,12 @@ No button is the default, so that Enter alone changes nothing. An error keeps th
 from collections.abc import Callable
 
 from qubes_fwd_qrexec.admin.backend import Backend
-
-from .actions import Done, error_lines
-from .board import Board
-from .gtk import Atk, Gtk
-from .kept import Text
-from .widgets import GAP, button, column, named, row, scrolled
-from .words import _
+from qubes_fwd_qrexec.window.gtk import Atk, Gtk
+from qubes_fwd_qrexec.window.kept import Text
+from qubes_fwd_qrexec.window.model.actions import Done, error_lines
+from qubes_fwd_qrexec.window.model.board import Board
+from qubes_fwd_qrexec.window.model.words import _
+from qubes_fwd_qrexec.window.widgets import GAP, button, column, named, row, scrolled
 
 Job = Callable[[Backend], Done]
 Tell = Callable[[Done | Exception], None]

@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.common.options import split
 from qubes_fwd_qrexec.common.rules import ForwardRule, Mode, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.window.previewing import preview
+from qubes_fwd_qrexec.window.model.preview import preview
 
 WORK, VAULT, WEB = QubeName("work"), QubeName("vault"), RuleName("web")
 RULE = ForwardRule.parse("action=forward srcports=80 srchosts=any")

@@ -10,17 +10,17 @@ from qubes_fwd_qrexec.admin.states import Forward, Key
 from qubes_fwd_qrexec.admin.views import reasons
 from qubes_fwd_qrexec.admin.views.tables import escaped, shortened
 from qubes_fwd_qrexec.common.rules import OnExpire
+from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.kept import TEXT_MAX, Lines, Text
+from qubes_fwd_qrexec.window.model import actions, rows
+from qubes_fwd_qrexec.window.model.actions import Done
+from qubes_fwd_qrexec.window.model.board import Board
+from qubes_fwd_qrexec.window.model.entries import Entry
+from qubes_fwd_qrexec.window.model.look import Look
+from qubes_fwd_qrexec.window.model.words import _, ngettext
+from qubes_fwd_qrexec.window.widgets import named
 
-from . import actions, rows
-from .actions import Done
-from .board import Board
-from .entries import Entry
-from .gtk import Gtk
-from .kept import TEXT_MAX, Lines, Text
-from .look import Look
 from .question import Question, Tell
-from .widgets import named
-from .words import _, ngettext
 
 SHOWN_MAX = 20
 """Of hundreds whose time is over; the others are counted."""

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from qubes_fwd_qrexec.admin.inventory import Inventory
-
-from .draft import Draft
-from .gtk import Gtk, Pango
-from .judging import Judgement
-from .portions import Portions
-from .widgets import GAP, column, label, named, row, scrolled
-from .words import _
+from qubes_fwd_qrexec.window.gtk import Gtk, Pango
+from qubes_fwd_qrexec.window.model.draft import Draft
+from qubes_fwd_qrexec.window.model.judgement import Judgement
+from qubes_fwd_qrexec.window.model.words import _
+from qubes_fwd_qrexec.window.portions import Portions
+from qubes_fwd_qrexec.window.widgets import GAP, column, label, named, row, scrolled
 
 Changed = Callable[[], object]
 W = TypeVar("W", bound=Gtk.Widget)

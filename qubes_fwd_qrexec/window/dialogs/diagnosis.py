@@ -13,16 +13,15 @@ from qubes_fwd_qrexec.admin.snapshot import look
 from qubes_fwd_qrexec.admin.states import Forward, Key
 from qubes_fwd_qrexec.admin.views.diagnose import conclusion, walk
 from qubes_fwd_qrexec.admin.views.tables import Check, Style, checks, escaped
-
-from .actions import error_lines
-from .board import Board
-from .checklist import CheckList
-from .commands import Commands
-from .gtk import Atk, Gdk, Gtk
-from .kept import Text
-from .portions import Portions
-from .widgets import GAP, button, column, named, row, scrolled
-from .words import _
+from qubes_fwd_qrexec.window.checklist import CheckList
+from qubes_fwd_qrexec.window.gtk import Atk, Gdk, Gtk
+from qubes_fwd_qrexec.window.kept import Text
+from qubes_fwd_qrexec.window.model.actions import error_lines
+from qubes_fwd_qrexec.window.model.board import Board
+from qubes_fwd_qrexec.window.model.commands import Commands
+from qubes_fwd_qrexec.window.model.words import _
+from qubes_fwd_qrexec.window.portions import Portions
+from qubes_fwd_qrexec.window.widgets import GAP, button, column, named, row, scrolled
 
 _WIDTH, _HEIGHT = 640, 420
 

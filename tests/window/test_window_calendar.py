@@ -8,8 +8,8 @@ from controls import find
 from screen import settle, until
 from zones import zone
 
+from qubes_fwd_qrexec.window.dialogs.calendar import Calendar
 from qubes_fwd_qrexec.window.gtk import Gtk
-from qubes_fwd_qrexec.window.moment import Calendar
 
 AT = 1896112837  # 2030-01-31 18:00:37 UTC
 

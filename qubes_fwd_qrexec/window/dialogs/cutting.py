@@ -4,15 +4,15 @@
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.states import Key
 from qubes_fwd_qrexec.admin.views.connected import Client
+from qubes_fwd_qrexec.window.clientlist import who
+from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.kept import Text
+from qubes_fwd_qrexec.window.model import actions
+from qubes_fwd_qrexec.window.model.actions import Done
+from qubes_fwd_qrexec.window.model.board import Board
+from qubes_fwd_qrexec.window.model.words import _
 
-from . import actions
-from .actions import Done
-from .board import Board
-from .clientlist import who
-from .gtk import Gtk
-from .kept import Text
 from .question import Question, Tell
-from .words import _
 
 
 class Cutting:

@@ -7,14 +7,14 @@ from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.states import Key
 from qubes_fwd_qrexec.admin.views.render import exposed_at
+from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.kept import Text
+from qubes_fwd_qrexec.window.model.actions import Done
+from qubes_fwd_qrexec.window.model.board import Board
+from qubes_fwd_qrexec.window.model.look import Look
+from qubes_fwd_qrexec.window.model.words import _
 
-from .actions import Done
-from .board import Board
-from .gtk import Gtk
-from .kept import Text
-from .look import Look
 from .question import Question, Tell
-from .words import _
 
 Change = Callable[[Backend, float, Key, Seen], Done]
 """Changes a rule, such as `actions.enable`."""
