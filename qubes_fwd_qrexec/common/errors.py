@@ -8,6 +8,8 @@ peer and of our own are distinguished, because the first end a mux and the secon
 from typing import TypeVar
 
 _E = TypeVar("_E", bound=BaseException)
+# Characters of a text. Whoever pasted a file into a field still has to read what is wrong with it.
+_QUOTED_MAX = 50
 
 
 class ForwardError(Exception):
@@ -22,7 +24,8 @@ class TextError(ForwardError):
     """
 
     def __init__(self, text: str, expected: str) -> None:
-        super().__init__(f"{text!a} is not {expected}")
+        quoted = f"{text!a}" if len(text) <= _QUOTED_MAX else f"{text[:_QUOTED_MAX]!a}..."
+        super().__init__(f"{quoted} is not {expected}")
         self.text = text
         self.expected = expected
 

@@ -10,11 +10,12 @@ from functools import cache
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin.states import State
-from qubes_fwd_qrexec.admin.views.tables import escaped
+from qubes_fwd_qrexec.admin.views.tables import escaped, shortened
 from qubes_fwd_qrexec.common.values import QubeName
 
 from . import style
 from .gtk import GdkPixbuf, Gio, GLib, Gtk, Pango
+from .kept import LINE_MAX
 from .model.rows import ENDED, Group, Item, Row
 from .model.words import _, ngettext
 
@@ -68,12 +69,12 @@ def of_row(row: Row, group: QubeName, colours: Mapping[str, str]) -> Cells:
     return Cells(
         row.key,
         f"{sign} {row.mark}",
-        who,
+        shortened(who, LINE_MAX),
         row.at,
         row.to.removeprefix(f"{group}:"),
         row.way,
         row.ends,
-        row.comment,
+        shortened(row.comment, LINE_MAX),
         row.role,
         row.note,
         colours[colour],

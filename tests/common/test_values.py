@@ -282,3 +282,11 @@ def test_peers_are_unmapped_and_lose_their_zone_before_they_are_compared(peer: s
 def test_an_address_is_written_as_in_a_url(address: str, text: str) -> None:
     assert values.address_text(ip_address(address), 80) == text
     assert values.address_text(address, "80") == text
+
+
+def test_of_a_long_text_the_beginning_is_quoted_so_that_what_is_wrong_with_it_can_be_read() -> None:
+    with pytest.raises(TextError) as error:
+        values.parse_printable("\U0001f600" * 20_000)
+    assert str(error.value).startswith("'\\U0001f600")
+    assert "... is not printable ASCII on one line" in str(error.value)
+    assert len(str(error.value)) < 600

@@ -10,6 +10,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.window import style
 from qubes_fwd_qrexec.window.cells import SIGNS, Cells, icon, of_group, of_row
 from qubes_fwd_qrexec.window.gtk import GdkPixbuf, Gio, Pango
+from qubes_fwd_qrexec.window.kept import LINE_MAX
 from qubes_fwd_qrexec.window.model.rows import ENDED, Row
 
 COLOURS = {"open": "#0a0", "bad": "#a00", "note": "#aa0", "faint": "#777"}
@@ -50,6 +51,13 @@ def test_all_of_a_row_can_be_had_in_one_line() -> None:
     assert cells.text == (
         "● OPEN  192.168.0.0/16  sys-net:80  8080  mux  in 7 h  <b>  It is not in force yet."
     )
+
+
+def test_of_thousands_of_networks_and_of_a_whole_page_of_comment_the_beginning_is_laid_out() -> None:
+    cells = of(row("web", who="10.0.0.0/16, " * 5000, comment="word " * 5000))
+    assert len(cells.text) < 2 * LINE_MAX + 200
+    assert cells.who.endswith("...")
+    assert cells.comment.endswith("word...")
 
 
 def test_where_a_rule_goes_to_is_named_where_the_group_does_not() -> None:

@@ -17,6 +17,7 @@ from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward
 from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.window.dialogs.form import Form
 from qubes_fwd_qrexec.window.gtk import Atk, Gtk
+from qubes_fwd_qrexec.window.kept import TEXT_MAX
 from qubes_fwd_qrexec.window.model.draft import Draft, Ends, Where
 from qubes_fwd_qrexec.window.model.judgement import Judgement
 from qubes_fwd_qrexec.window.widgets import scrolled
@@ -243,6 +244,15 @@ def test_what_is_wrong_is_said_in_words_at_its_field(shown: Shown) -> None:
     assert PROBE not in texts(shown.window)
     assert port.get_accessible().get_description() == ""
     assert not port.get_style_context().has_class("invalid_entry")
+
+
+def test_what_is_wrong_may_quote_a_whole_file_that_was_pasted_and_only_its_beginning_is_laid_out(
+    shown: Shown,
+) -> None:
+    port = shown.entry("Port of its server")
+    shown.form.mark(Judgement(Draft(), "", "", faults={"dstports": "x" * 5000}))
+    (words,) = [text for text in texts(shown.window) if text.startswith("xxx")]
+    assert words == port.get_accessible().get_description() == f"{'x' * (TEXT_MAX - 3)}..."
 
 
 def test_radio_buttons_say_what_is_wrong_and_keep_their_names(shown: Shown) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.admin.views.tables import shortened
 from qubes_fwd_qrexec.window.gtk import Gtk, Pango
+from qubes_fwd_qrexec.window.kept import TEXT_MAX, Text
 from qubes_fwd_qrexec.window.model.draft import Draft
 from qubes_fwd_qrexec.window.model.judgement import Judgement
 from qubes_fwd_qrexec.window.model.words import _
@@ -41,8 +43,8 @@ class Field:
         self.name = name
         self.fault = ""
         self._focused = focused
-        self._words = hidden(label(wraps=True, style="bad"))
-        self.widget = named(column(control, self._words, gap=0), name)
+        self._words = Text(style="bad", is_selectable=False)
+        self.widget = named(column(control, self._words.widget, gap=0), name)
         self.label = label(mnemonic)
         self.label.set_ellipsize(Pango.EllipsizeMode.NONE)
         self.label.set_use_underline(True)
@@ -52,12 +54,12 @@ class Field:
             self.label.set_mnemonic_widget(focused[0])
 
     def mark(self, fault: str) -> None:
-        """Show what is wrong, or with an empty text that nothing is."""
+        """Show what is wrong, which may quote all that was pasted there; nothing if the text is empty."""
+        fault = shortened(fault, TEXT_MAX)
         if fault == self.fault:
             return
         self.fault = fault
-        self._words.set_text(fault)
-        self._words.set_visible(bool(fault))
+        self._words.show(fault)
         for widget in self._focused:
             widget.get_accessible().set_description(fault)
             context = widget.get_style_context()
