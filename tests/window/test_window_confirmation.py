@@ -21,8 +21,9 @@ from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.window import widgets
 from qubes_fwd_qrexec.window.dialogs import confirmation as confirmations
-from qubes_fwd_qrexec.window.dialogs.confirmation import WAIT_S, Confirmation
+from qubes_fwd_qrexec.window.dialogs.confirmation import Confirmation
 from qubes_fwd_qrexec.window.dialogs.cutting import Cutting
+from qubes_fwd_qrexec.window.dialogs.question import WAIT_S
 from qubes_fwd_qrexec.window.dialogs.removal import SHOWN_MAX, Removal
 from qubes_fwd_qrexec.window.model.board import Board
 
@@ -245,11 +246,29 @@ def test_what_should_be_closed_and_is_in_force_is_said_to_be_open(
 def test_a_fault_while_it_is_computed_is_said_and_agrees_to_nothing(
     confirmation: Confirmation, loop: MainLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(confirmations, "agreement", lambda *_: 1 / 0)
-    confirmation.open(None, KEY)
-    until(lambda: "this is a fault of the window itself" in text(confirmation.widget))
+    with monkeypatch.context() as patched:
+        patched.setattr(confirmations, "agreement", lambda *_: 1 / 0)
+        confirmation.open(None, KEY)
+        until(lambda: "this is a fault of the window itself" in text(confirmation.widget))
+        loop.pass_time(WAIT_S)
+        assert not button(confirmation.widget, "Confirm").get_sensitive()
+
+
+@pytest.mark.usefixtures("suspended")
+def test_a_fault_that_passes_leaves_the_question_as_it_was(
+    confirmation: Confirmation, board: Board, loop: MainLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_confirmation(confirmation)
+    with monkeypatch.context() as patched:
+        patched.setattr(confirmations, "agreement", lambda *_: 1 / 0)
+        board.refresh()
+        until(lambda: "this is a fault of the window itself" in text(confirmation.widget))
+        loop.pass_time(WAIT_S)
+        assert not button(confirmation.widget, "Confirm").get_sensitive()
+    board.refresh()
+    until(lambda: "this is a fault of the window itself" not in text(confirmation.widget))
     loop.pass_time(WAIT_S)
-    assert not button(confirmation.widget, "Confirm").get_sensitive()
+    assert button(confirmation.widget, "Confirm").get_sensitive()
 
 
 def test_only_what_is_shown_is_removed(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from helpers import BOUND_S
+from mainloop import MainLoop
 from panes import PROBE, Told, button, text
 from screen import settle, until
 from worlds import NOW
@@ -13,7 +14,7 @@ from worlds import NOW
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.window import widgets
-from qubes_fwd_qrexec.window.dialogs.question import Question
+from qubes_fwd_qrexec.window.dialogs.question import WAIT_S, Question
 from qubes_fwd_qrexec.window.gtk import Gdk, Gtk
 from qubes_fwd_qrexec.window.model.actions import Done
 from qubes_fwd_qrexec.window.model.board import Board
@@ -42,6 +43,11 @@ class Job:
 
 
 @pytest.fixture
+def loop() -> MainLoop:
+    return MainLoop(NOW)
+
+
+@pytest.fixture
 def board(other_store: Callable[[], Backend]) -> Iterator[Board]:
     board = Board(other_store, widgets.deliver, lambda _seconds, _call: lambda: None, lambda: NOW)
     yield board
@@ -54,8 +60,8 @@ def told() -> Told:
 
 
 @pytest.fixture
-def question(board: Board, told: Told) -> Iterator[Question]:
-    question = Question(board, told, "A title", "_Do it", "bad")
+def question(board: Board, told: Told, loop: MainLoop) -> Iterator[Question]:
+    question = Question(board, told, "A title", "_Do it", "bad", later=loop.later)
     question.body.add(widgets.label(PROBE))
     yield question
     question.close()
@@ -144,8 +150,7 @@ def test_the_button_can_be_renamed(question: Question) -> None:
 
 
 def test_nothing_is_done_while_nothing_is_offered_or_it_is_cancelled(question: Question, told: Told) -> None:
-    job, ended = Job(), list[int]()
-    question.at_end(lambda: ended.append(1))
+    job = Job()
     opened(question, job)
     question.offer(None)
     yes = button(question.widget, "Do it")
@@ -154,7 +159,7 @@ def test_nothing_is_done_while_nothing_is_offered_or_it_is_cancelled(question: Q
     question.offer(job)
     button(question.widget, "Cancel").clicked()
     settle()
-    assert (job.begun, told, ended, is_open(question)) == (0, [], [1], False)
+    assert (job.begun, told, question.is_closed, is_open(question)) == (0, [], True, False)
 
 
 def test_enter_agrees_to_nothing_and_escape_closes(question: Question) -> None:
@@ -181,3 +186,54 @@ def test_it_is_as_high_as_what_it_asks_and_no_higher_than_a_small_screen(questio
     question.fit()
     assert high < question.widget.get_preferred_height()[0] < 560
     question.close()
+
+
+def test_what_is_shown_anew_can_be_agreed_to_after_a_second(
+    question: Question, loop: MainLoop, told: Told
+) -> None:
+    first, second, third = Job(DONE), Job(DONE), Job(DONE)
+    question.open(None)
+    yes = button(question.widget, "Do it")
+    question.ask("one port", first)
+    loop.pass_time(WAIT_S / 2)
+    question.ask("two ports", second)
+    loop.pass_time(WAIT_S * 0.9)
+    assert not yes.get_sensitive()
+    loop.pass_time(WAIT_S * 0.1)
+    assert yes.get_sensitive()
+    # The same is shown, and based on something newer.
+    question.ask("two ports", third)
+    assert yes.get_sensitive()
+    yes.clicked()
+    third.end()
+    until(lambda: told)
+    assert (first.begun, second.begun, third.begun) == (0, 0, 1)
+
+
+def test_what_was_withdrawn_can_be_agreed_to_a_second_after_it_comes_again(
+    question: Question, loop: MainLoop
+) -> None:
+    question.open(None)
+    yes = button(question.widget, "Do it")
+    question.ask("one port", Job(DONE))
+    question.withdraw()
+    loop.pass_time(WAIT_S)
+    assert not yes.get_sensitive()
+    question.ask("one port", Job(DONE))
+    assert not yes.get_sensitive()
+    loop.pass_time(WAIT_S)
+    assert yes.get_sensitive()
+
+
+def test_it_follows_the_board_until_it_is_closed(question: Question, board: Board) -> None:
+    told: list[None] = []
+    question.follow(lambda: told.append(None))
+    board.start()
+    until(lambda: told)
+    question.close()
+    told.clear()
+    other: list[None] = []
+    board.subscribe(lambda: other.append(None))
+    board.refresh()
+    until(lambda: other)
+    assert told == []

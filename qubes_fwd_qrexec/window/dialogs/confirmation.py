@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The question before a rule is confirmed: what was, and what will be.
 
-What is shown follows the system. For a second after anything of it has changed nobody can agree to it, so
-that no click or key does that was meant for something else.
+What is shown follows the system.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 from qubes_fwd_qrexec.admin.backend import Backend
@@ -23,20 +21,15 @@ from qubes_fwd_qrexec.window.widgets import GAP
 
 from .question import Question, Tell
 
-WAIT_S = 1.0
-
 
 class Confirmation:
     """``widget`` is the dialog."""
 
     def __init__(self, board: Board, tell: Tell, *, later: Later = widgets.later) -> None:
         self._board = board
-        self._later = later
         self._key: Key | None = None
         self._shown: Agreement | None = None
-        self._cancel: Callable[[], None] = lambda: None
-        self._question = Question(board, tell, _("Confirm a forward"), _("C_onfirm"), "note")
-        self._question.at_end(self._ended)
+        self._question = Question(board, tell, _("Confirm a forward"), _("C_onfirm"), "note", later=later)
         self.widget = self._question.widget
         self._head, self._opens, self._notes, self._problem = (
             Text(style="title"),
@@ -53,20 +46,15 @@ class Confirmation:
             self._problem.widget,
         ):
             self._question.body.pack_start(each, False, False, 0)
-        self._end = board.subscribe(self._follow)
+        self._question.follow(self._follow)
 
     def open(self, parent: Gtk.Window | None, key: Key) -> None:
         """Ask about a rule."""
         self._key = key
         self._head.show(" ".join(key))
-        self._question.offer(None)
+        self._question.withdraw()
         self._question.open(parent)
         self._follow()
-
-    def _ended(self) -> None:
-        self._key = None
-        self._end()
-        self._cancel()
 
     def _follow(self) -> None:
         look, key, now = self._board.look, self._key, self._board.now
@@ -75,7 +63,7 @@ class Confirmation:
             self._board.compute(lambda: agreement(look, key, now), show, self._failed, kind="agreement")
 
     def _show(self, key: Key, found: Agreement | None) -> None:
-        if self._key is None or found == self._shown:
+        if self._question.is_closed or found == self._shown:
             return
         if found is None:  # somebody has removed it
             self._question.close()
@@ -90,20 +78,18 @@ class Confirmation:
         else:
             self._question.rename(_("C_onfirm"), "note")
         self._question.fit()
-        self._cancel()
-        self._question.offer(None)
         if found.problem is None:
-            self._cancel = self._later(WAIT_S, partial(self._offer, key, found.seen))
+            self._question.ask(found, partial(self._confirm, key, found.seen))
+        else:
+            self._question.withdraw()
 
-    def _offer(self, key: Key, seen: Seen) -> None:
-        def confirm(backend: Backend) -> Done:
-            return actions.confirm(backend, self._board.now, key, seen)
-
-        self._question.offer(confirm)
+    def _confirm(self, key: Key, seen: Seen, backend: Backend) -> Done:
+        return actions.confirm(backend, self._board.now, key, seen)
 
     def _failed(self, error: Exception) -> None:
-        if self._key is not None:
-            self._question.offer(None)
+        if not self._question.is_closed:
+            self._shown = None
+            self._question.withdraw()
             self._problem.show("\n".join(error_lines(error)))
 
     def _show_turns(self, turns: tuple[Turn, ...]) -> None:

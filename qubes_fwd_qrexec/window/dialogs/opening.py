@@ -10,9 +10,10 @@ from qubes_fwd_qrexec.admin.views.render import exposed_at
 from qubes_fwd_qrexec.window.gtk import Gtk
 from qubes_fwd_qrexec.window.kept import Text
 from qubes_fwd_qrexec.window.model.actions import Done
-from qubes_fwd_qrexec.window.model.board import Board
+from qubes_fwd_qrexec.window.model.board import Board, Later
 from qubes_fwd_qrexec.window.model.look import Look
 from qubes_fwd_qrexec.window.model.words import _
+from qubes_fwd_qrexec.window.widgets import later
 
 from .question import Question, Tell
 
@@ -29,26 +30,23 @@ def opens_to_anybody(look: Look, key: Key) -> bool:
 class Opening:
     """``widget`` is the dialog. What is shown follows the system, and nothing else is opened."""
 
-    def __init__(self, board: Board, tell: Tell) -> None:
+    def __init__(self, board: Board, tell: Tell, *, later: Later = later) -> None:
         self._board = board
         self._key: Key | None = None
         self._change: Change | None = None
-        self._question = Question(board, tell, _("Open to anybody"), _("_Open to anybody"), "anybody")
-        self._question.at_end(self._ended)
+        self._question = Question(
+            board, tell, _("Open to anybody"), _("_Open to anybody"), "anybody", later=later
+        )
         self.widget = self._question.widget
         self._text = Text()
         self._question.body.pack_start(self._text.widget, False, False, 0)
-        self._end = board.subscribe(self._follow)
+        self._question.follow(self._follow)
 
     def open(self, parent: Gtk.Window | None, key: Key, change: Change) -> None:
         """Ask whether a rule is to be changed so that it opens."""
         self._key, self._change = key, change
         self._question.open(parent)
         self._follow()
-
-    def _ended(self) -> None:
-        self._key = None
-        self._end()
 
     def _follow(self) -> None:
         look, key, change = self._board.look, self._key, self._change
@@ -59,7 +57,8 @@ class Opening:
             self._question.close()
             return
         text = _("Anybody who can reach {at} may connect to {name}.")
-        self._text.show(text.format(at=exposed_at(forward), name=forward.named))
+        text = text.format(at=exposed_at(forward), name=forward.named)
+        self._text.show(text)
         self._question.fit()
         seen = Seen.of(look.snapshot, key)
-        self._question.offer(lambda backend: change(backend, self._board.now, key, seen))
+        self._question.ask((text, seen), lambda backend: change(backend, self._board.now, key, seen))

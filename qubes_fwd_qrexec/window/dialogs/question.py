@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A question before something is changed: what will be done, a button that does it, and one that does not.
 
-No button is the default, so that Enter alone changes nothing. An error keeps the question open.
+No button is the default, so Enter alone changes nothing. An error keeps the question open. What has just been
+shown, or changed, nobody can agree to for a second: the click or key may have been meant for something else.
 """
 
 from collections.abc import Callable
@@ -10,12 +11,14 @@ from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.window.gtk import Atk, Gtk
 from qubes_fwd_qrexec.window.kept import Text
 from qubes_fwd_qrexec.window.model.actions import Done, error_lines
-from qubes_fwd_qrexec.window.model.board import Board
+from qubes_fwd_qrexec.window.model.board import Board, Later
 from qubes_fwd_qrexec.window.model.words import _
-from qubes_fwd_qrexec.window.widgets import GAP, button, column, named, row, scrolled
+from qubes_fwd_qrexec.window.widgets import GAP, button, column, later, named, row, scrolled
 
 Job = Callable[[Backend], Done]
 Tell = Callable[[Done | Exception], None]
+WAIT_S = 1.0
+"""How long nobody can agree to what has just come or changed."""
 _WIDTH, _HEIGHT_MAX = 560, 420
 # What a line of `Lines` takes, about, in this width.
 _LINE_CHARS, _LINE_HEIGHT = 70, 20
@@ -27,14 +30,27 @@ class Question:
     """
 
     def __init__(
-        self, board: Board, tell: Tell, title: str, yes: str, style: str = "", *, stays: bool = False
+        self,
+        board: Board,
+        tell: Tell,
+        title: str,
+        yes: str,
+        style: str = "",
+        *,
+        stays: bool = False,
+        later: Later = later,
     ) -> None:
         self._stays = stays
         self._board = board
         self._tell = tell
+        self._later = later
+        self._asked: object = None
         self._job: Job | None = None
-        self._is_busy = self._is_closed = False
-        self._ended: list[Callable[[], None]] = []
+        self._next_job: Job | None = None
+        self._cancel_wait: Callable[[], None] = lambda: None
+        self._unsubscribe: Callable[[], None] = lambda: None
+        self._is_busy = False
+        self.is_closed = False
         self.body = column(gap=2 * GAP)
         self._error = Text(style="bad")
         self._error.widget.get_accessible().set_role(Atk.Role.ALERT)
@@ -71,10 +87,30 @@ class Question:
         height = self.body.get_preferred_height_for_width(_WIDTH)[1] + lines * _LINE_HEIGHT
         self._place.set_min_content_height(min(height, _HEIGHT_MAX))
 
+    def follow(self, changed: Callable[[], None]) -> None:
+        """Have this called when there is something new on the board, until the dialog is closed."""
+        self._unsubscribe = self._board.subscribe(changed)
+
     def offer(self, job: Job | None) -> None:
-        """Let the user agree to this; to nothing if it is None."""
+        """Let the user agree to this now; to nothing if it is None."""
         self._job = job
         self._yes.set_sensitive(job is not None and not self._is_busy)
+
+    def ask(self, what: object, job: Job) -> None:
+        """Let the user agree to ``what`` is shown, a second after it was shown first; ``job`` does that."""
+        self._next_job = job
+        if what != self._asked:
+            self.withdraw()
+            self._asked = what
+            self._cancel_wait = self._later(WAIT_S, lambda: self.offer(self._next_job))
+        elif self._job is not None:
+            self.offer(job)
+
+    def withdraw(self) -> None:
+        """Let the user agree to nothing."""
+        self._cancel_wait()
+        self._asked = None
+        self.offer(None)
 
     def rename(self, yes: str, style: str) -> None:
         """Give the button that agrees another text and style."""
@@ -83,10 +119,6 @@ class Question:
         context.add_class(style)
         self._style = style
         self._yes.set_label(yes)
-
-    def at_end(self, ended: Callable[[], None]) -> None:
-        """Have this called when the dialog is gone."""
-        self._ended.append(ended)
 
     def close(self) -> None:
         """Take it away; what has begun is done all the same."""
@@ -104,7 +136,7 @@ class Question:
             self._show(done, (*done.lines, *done.warnings))
         else:
             self._tell(done)
-            if not self._is_closed:
+            if not self.is_closed:
                 self.close()
 
     def _failed(self, error: Exception) -> None:
@@ -113,7 +145,7 @@ class Question:
     def _show(self, outcome: Done | Exception, lines: tuple[str, ...]) -> None:
         """Show why it was not done, here if the dialog is still open."""
         self._is_busy = False
-        if self._is_closed:
+        if self.is_closed:
             self._tell(outcome)
         else:
             self._error.show("\n".join(lines))
@@ -122,6 +154,6 @@ class Question:
                 (self._yes if self._yes.is_sensitive() else self._no).grab_focus()
 
     def _closed(self, _dialog: Gtk.Dialog) -> None:
-        self._is_closed = True
-        for ended in self._ended:
-            ended()
+        self.is_closed = True
+        self._cancel_wait()
+        self._unsubscribe()

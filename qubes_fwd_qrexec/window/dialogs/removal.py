@@ -33,13 +33,12 @@ class Removal:
         self._board = board
         self._keys: Sequence[Key] = ()
         self._question = Question(board, tell, _("Remove forwards"), _("_Remove"), "bad")
-        self._question.at_end(self._ended)
         self.widget = self._question.widget
         self._head, self._lines = Text(style="title"), Lines()
         named(self._lines.widget, _("What is removed"))
         for each in (self._head, self._lines):
             self._question.body.pack_start(each.widget, False, False, 0)
-        self._end = board.subscribe(self._follow)
+        self._question.follow(self._follow)
 
     def open(self, parent: Gtk.Window | None, keys: Sequence[Key]) -> None:
         """Ask about these rules."""
@@ -47,10 +46,6 @@ class Removal:
         self._follow()
         if self._keys:
             self._question.open(parent)
-
-    def _ended(self) -> None:
-        self._keys = ()
-        self._end()
 
     def _follow(self) -> None:
         look = self._board.look
