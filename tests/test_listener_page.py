@@ -103,6 +103,8 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("it is taken for a refusal after {}.", (callwaits.DOUBT_S,)),
     ("At most {} connections wait for a call", (callqueue.WAITING_MAX,)),
     ("and at most {} calls begin together", (callbudget.BEGIN_MAX,)),
+    ("begin together, {} of them to one target", (callbudget.BEGIN_OF_ONE_MAX,)),
+    ("held back: until any call has ended, or for {}.", (callwaits.AGAIN_S,)),
     ("and {} more may be renewals", (callbudget.RENEWALS_MAX,)),
     ("The listener makes at most {} calls at once", (config.CALLS_MAX,)),
     ("have not taken within so long. The default is {}, as long", (TIMEOUTS.call_s,)),

@@ -11,9 +11,9 @@ from qubes_fwd_qrexec.common.refusals import Refusal
 
 
 class Brake:
-    """For one service of a target, for a target, or for this qube. Times are in seconds of any one clock."""
+    """For one service of a target, or for a target. Times are in seconds of any one clock."""
 
-    __slots__ = ("_again_at", "_asking", "_most", "kind", "why")
+    __slots__ = ("_again_at", "_asking", "_most", "_soon_at", "kind", "why")
 
     def __init__(self) -> None:
         self.why = ""
@@ -22,6 +22,7 @@ class Brake:
         """The same in one word, for counters."""
         self._most = math.inf
         self._again_at = -math.inf
+        self._soon_at = math.inf
         self._asking: object = None
 
     @property
@@ -32,16 +33,29 @@ class Brake:
         """Whether one more call beside ``living`` ones would be a try."""
         return living >= self._most
 
-    def put_on(self, most: int, again_at: float, why: str, kind: str = Refusal.BUSY) -> None:
-        """Allow at most ``most`` calls from now on, and from ``again_at`` one more as a try."""
+    @property
+    def waits_for_any(self) -> bool:
+        """Whether the end of any call may help, whichever target it was to."""
+        return self._soon_at < math.inf
+
+    def put_on(
+        self, most: int, again_at: float, why: str, kind: str = Refusal.BUSY, soon_at: float = math.inf
+    ) -> None:
+        """Allow at most ``most`` calls from now on, and from ``again_at`` one more as a try; already from
+        ``soon_at`` once any call has ended."""
         self._most = most
         self._again_at = max(self._again_at, again_at)
+        self._soon_at = soon_at
         self.why = why
         self.kind = kind
 
     def admits(self, living: int, now: float) -> bool:
         """Whether another call may begin beside ``living`` ones."""
         return not self.is_full(living) or (self._asking is None and now >= self._again_at)
+
+    def hasten(self) -> None:
+        """A call has ended, to whichever target."""
+        self._again_at = min(self._again_at, self._soon_at)
 
     def begins(self, call: object, living: int) -> None:
         """``call`` begins beside ``living`` ones; if the brake allows no more than those, it is the try."""
@@ -62,4 +76,4 @@ class Brake:
 
     def release(self) -> None:
         """Hold nothing back any more."""
-        self._most, self._again_at, self._asking = math.inf, -math.inf, None
+        self._most, self._again_at, self._soon_at, self._asking = math.inf, -math.inf, math.inf, None

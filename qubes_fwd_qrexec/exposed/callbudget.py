@@ -5,24 +5,24 @@ A calling qube has room for 30 vchans, over all targets and including everything
 qrexec-client-vm takes 33 of the 1,024 grant pages of xen-gntalloc for each, or 17 for a single call, whose
 buffers are smaller. So the listener has one budget for all its calls. It counts calls and not pages, so the
 smaller size of single calls benefits the rest of the qube. Part of the budget is reserved for mux calls,
-since each of those carries thousands of connections, and renewals have room on top of it. Calls beyond the
-budget wait in a bounded queue (`callqueue`). If no call ends by itself, something makes room: the least
-recently used of the idle mux calls, the idlest connection of a client that has more than its share, or the
-idlest mux call that such a client has to itself.
+since each of those carries thousands of connections, and renewals have room on top of it. A target that has
+a call leaves a place for each target that has none. Calls beyond the budget wait in a bounded queue
+(`callqueue`). If no call ends by itself, something makes room: the least recently used of the idle mux calls,
+the idlest connection of a client that has more than its share, or the idlest mux call that such a client has
+to itself.
 
 A call that is refused beside live calls to its target, or for lack of a vchan beside any other, has found no
-room: it is made again when another ends. A call that is refused on its own is refused to everybody who waits
-for the same one (`brake`). A refusal by dom0 has the same exit status as a full target. So a service that was
-never allowed since the last change of the configuration counts as refused after a few seconds.
-
-Lack of a vchan has the same exit status as a target that does not take the call (`shortage`). So that such a
-target keeps nobody out of others, those have the next try, and nothing that others use ends for it. Once it
-is known to be at fault its calls are refused on their own.
+room: it is made again when another ends, and now and then. A call that is refused on its own is refused to
+everybody who waits for the same one (`brake`). A refusal by dom0 has the same exit status as a full target,
+and lack of a vchan that of a target which does not take the call. So a service that was never allowed since
+the last change of the configuration counts as refused after a few seconds. Nobody can tell whose fault it
+is, so what the calls to a target meet holds back calls to that target alone, and ends nothing that is in use
+by others.
 """
 
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 
 import trio
@@ -35,22 +35,24 @@ from qubes_fwd_qrexec.system.bugs import Bugs
 
 from .brake import Brake
 from .callplace import Place
-from .callqueue import CallQueue, Key, Kind, Wanted, count_key, has_more_than_its_share
+from .callqueue import CallQueue, Key, Kind, Wanted
 from .callwaits import CallWaits
-from .shortage import Shortage
+from .idlest import idlest_mux_call, idlest_of_one_user, idlest_single
 
 # Renewals on top of the budget: otherwise mux calls that take up all of it could not be renewed.
 RENEWALS_MAX = 2
 # On Qubes 4.3 calls that begin together fail, as xenstored allows a qube ten transactions at once.
 BEGIN_MAX = 4
+# Those to one target, which may be slow to take them, leave a place to others.
+BEGIN_OF_ONE_MAX = BEGIN_MAX - 1
 # A call that takes longer than this waits for its target to start, and no longer for xenstored.
 BEGIN_S = 5.0
-# At most a quarter of the budget is reserved for mux calls.
-_RESERVED_SHARE = 4
-# A connection in which something moves is not ended to make room for another.
-QUIET_S = 1.0
-# How often to look at the queue, in addition to whenever a call ends.
-_LOOK_S = 0.25
+# At most a quarter of the budget is reserved for mux calls, and half of it for targets that have no call.
+_MUX_SHARE = 4
+_TARGETS_SHARE = 2
+# How often to look at the queue, in addition to whenever a call ends. So soon after it has found no room a
+# target may try again when one does.
+LOOK_S = 0.25
 
 
 class Waiting(Wanted):
@@ -88,16 +90,20 @@ class CallBudget:
         self._bugs = bugs or Bugs()
         self._tasks = tasks
         self._reserved = 0
+        self._expected: frozenset[str] = frozenset()
+        """The targets that may want calls."""
+        self._kept = 0
+        """How many places are kept for those of them that have none."""
         self._queue = CallQueue[Waiting]() if queue is None else queue
         self._places: set[Place] = set()
-        self._here = Brake()
+        self._singles = 0
+        self._calls_to = Counter[str]()
         self._targets: dict[str, Brake] = {}
         self._services: dict[tuple[str, str], Brake] = {}
         self._full_until: dict[tuple[str, str], float] = {}
         """Until when a refusal of the service beside live calls may mean a full target."""
         self._freed_at = -math.inf
         """When a call that had room ended last."""
-        self._shortage = Shortage()
         self._is_looking = False
 
     @property
@@ -112,21 +118,21 @@ class CallBudget:
 
     def calls_to(self, target: str) -> int:
         """Calls under way to one target."""
-        return sum(place.wanted.target == target for place in self._places)
+        return self._calls_to[target]
 
     @property
     def singles_max(self) -> int:
         """How many single calls there may be."""
         return self.calls_max - self._reserved
 
-    def expect(self, mux_calls: int) -> None:
-        """Reserve room, within bounds, for so many mux calls."""
-        self._reserved = min(mux_calls, self.calls_max // _RESERVED_SHARE)
+    def expect(self, mux_calls: int, targets: Iterable[str] = ()) -> None:
+        """Reserve room, within bounds, for so many mux calls, and for each of these targets."""
+        self._reserved = min(mux_calls, self.calls_max // _MUX_SHARE)
+        self._expected = frozenset(targets)
+        self._keep_room()
 
     def forget_refusals(self) -> None:
         """The configuration has changed, and dom0's policy perhaps with it: try again at once."""
-        self._here.release()
-        self._shortage.forget()
         self._targets.clear()
         self._services.clear()
         self._full_until.clear()
@@ -161,7 +167,7 @@ class CallBudget:
         if (displaced := self._queue.add(waiting)) is not None:
             displaced.refuse(RefusedError(f"too many connections wait for a call to {target}", Refusal.BUSY))
         try:
-            self._look()
+            self._look_at(waiting)
             with trio.move_on_at(deadline):
                 await waiting.settled.wait()
             if waiting.error is not None:
@@ -183,10 +189,7 @@ class CallBudget:
 
     def _note_through(self, place: Place) -> None:
         place.is_through = True
-        was_try = self._here.is_through(place) and self._was_undisturbed(place)
-        is_small = place.wanted.kind is Kind.SINGLE
-        self._shortage.is_through(place.wanted.target, was_try=was_try, is_small=is_small)
-        for brake in self._brakes(place.wanted):
+        for brake, _ in self._brakes(place.wanted):
             brake.is_through(place)
         named = place.wanted.target, place.wanted.service
         self._services.pop(named, None)
@@ -195,21 +198,15 @@ class CallBudget:
     def failed(self, place: Place, why: str, status: int | None) -> bool:
         wanted = place.wanted
         place.has_failed = True
-        others = [] if place.is_through else self._beside(place, status)
         again_at = place.began_at + self._waits.again_s
+        others = [] if place.is_through else self._beside(place, status)
+        living = sum(other.wanted.target == wanted.target for other in others)
         # Who had the room may be over before this is heard of.
         may_be_room = others or (not place.is_through and place.began_at <= self._freed_at)
-        if status == ExitStatus.NO_ROOM and may_be_room:
-            began_at = place.began_at if self._was_undisturbed(place) else -math.inf
-            is_small = wanted.kind is Kind.SINGLE
-            now = trio.current_time()
-            self._shortage.meets(wanted.target, len(others), began_at, now, is_small=is_small)
-            if not self._shortage.is_fault_of(wanted.target):
-                self._here.put_on(len(others), again_at, meaning(status))
-                return True
-            if not self._shortage.is_met:
-                self._here.release()
-        living = sum(other.wanted.target == wanted.target for other in others)
+        if status == ExitStatus.NO_ROOM and may_be_room and self._may_be_full(wanted):
+            soon_at = trio.current_time() + LOOK_S
+            self._target(wanted).put_on(living, again_at, meaning(status), soon_at=soon_at)
+            return True
         is_renewal = wanted.kind is Kind.RENEWAL
         if status == ExitStatus.REFUSED and living and not is_renewal and self._may_be_full(wanted):
             full = f"{wanted.target} takes no more than {living} calls of this qube, or dom0 refuses this one"
@@ -222,10 +219,6 @@ class CallBudget:
                 self._queue.remove(waiting)
                 waiting.refuse(RefusedError(why, refusal(status)))
         return False
-
-    def _was_undisturbed(self, place: Place) -> bool:
-        """Whether no call with room has ended since this one began, so that those beside it were as many."""
-        return place.began_at >= self._freed_at
 
     def _beside(self, place: Place, status: int | None) -> list[Place]:
         """The calls that may have taken the room that one which failed has not found.
@@ -258,139 +251,143 @@ class CallBudget:
     def _look(self) -> None:
         """Let the calls begin that may, and make room for the rest."""
         now = trio.current_time()
-        while (wanted := self._take(now)) is not None:
-            wanted.place = Place(self, wanted, now)
-            for brake in self._brakes(wanted):
-                brake.begins(wanted.place, self._living(brake, wanted))
-            self._places.add(wanted.place)
-            wanted.settled.set()
+        while (wanted := self._next(now)) is not None:
+            self._begin(wanted, now)
         if self._queue:
             self._make_room(now)
             if not self._is_looking:
                 self._is_looking = True
                 self._tasks.start_soon(self._keep_looking)
 
-    def _take(self, now: float) -> Waiting | None:
-        """Take the next one that may begin. A try is first for a target that has not failed to find room."""
-        if self._here.is_full(self.calls) and self._shortage.is_met:
-            is_met_by = self._shortage.is_met_by
-            other = self._queue.take(lambda one: not is_met_by(one.target) and self._may_begin(one, now))
-            if other is not None:
-                return other
-        return self._queue.take(lambda one: self._may_begin(one, now))
-
     async def _keep_looking(self) -> None:
         """Look again while anybody waits: some calls become possible with time alone."""
         try:
             while self._queue:
-                await trio.sleep(_LOOK_S)
+                await trio.sleep(LOOK_S)
                 # It belongs to nobody, so a bug in it ends nobody: every wait has its own bound.
                 self._bugs.guarded(lambda: None, self._look)
         finally:
             self._is_looking = False
 
-    def _may_begin(self, wanted: Wanted, now: float) -> bool:
-        beginning = sum(not place.is_through and now - place.began_at < BEGIN_S for place in self._places)
+    def _look_at(self, newcomer: Waiting) -> None:
+        """The others that wait were looked at when something changed, and there may be many."""
+        now = trio.current_time()
+        if len(self._queue) == 1:
+            self._look()
+        elif self._may_begin(newcomer, self._beginning(now), now):
+            self._begin(newcomer, now)
+
+    def _next(self, now: float) -> Waiting | None:
+        """The one that may begin now and is served first."""
+        beginning = self._beginning(now)
+        if beginning.total() >= BEGIN_MAX:
+            return None
+        return self._queue.first(lambda one: self._may_begin(one, beginning, now))
+
+    def _begin(self, wanted: Waiting, now: float) -> None:
+        self._queue.begin(wanted)
+        wanted.place = Place(self, wanted, now)
+        for brake, living in self._brakes(wanted):
+            brake.begins(wanted.place, living)
+        self._places.add(wanted.place)
+        self._count(wanted, 1)
+        wanted.settled.set()
+
+    def _beginning(self, now: float) -> Counter[str]:
+        """How many calls begin, by target."""
+        return Counter(
+            place.wanted.target
+            for place in self._places
+            if not place.is_through and now - place.began_at < BEGIN_S
+        )
+
+    def _may_begin(self, wanted: Wanted, beginning: Counter[str], now: float) -> bool:
         return (
-            beginning < BEGIN_MAX
+            beginning[wanted.target] < BEGIN_OF_ONE_MAX
+            and beginning.total() < BEGIN_MAX
             and self._has_room(wanted)
-            and all(brake.admits(self._living(brake, wanted), now) for brake in self._brakes(wanted))
+            and all(brake.admits(living, now) for brake, living in self._brakes(wanted))
         )
 
     def _has_room(self, wanted: Wanted) -> bool:
         """Whether the budget has room for it."""
         if wanted.kind is Kind.RENEWAL:
             return self.calls < self.calls_max + RENEWALS_MAX
-        singles = sum(place.wanted.kind is Kind.SINGLE for place in self._places)
-        return self.calls < self.calls_max and (wanted.kind is not Kind.SINGLE or singles < self.singles_max)
+        if self.calls >= self.calls_max or (wanted.kind is Kind.SINGLE and self._singles >= self.singles_max):
+            return False
+        return self._leaves_room(wanted.target)
+
+    def _leaves_room(self, target: str) -> bool:
+        """Whether one more call to the target leaves a place to each that has none; its first one may not."""
+        return not self._calls_to[target] or self.calls + self._kept < self.calls_max
 
     def _make_room(self, now: float) -> None:
-        """End a call, if necessary, for the first one in the queue that has no room."""
+        """End a call for the first one in the queue which has no room, and to which that gives some."""
+        seen = set[tuple[str, Kind]]()
         for wanted in self._queue:
-            is_targets = not self._target(wanted).admits(self.calls_to(wanted.target), now)
-            if not is_targets and self._has_room(wanted) and self._here.admits(self.calls, now):
+            if (wanted.target, wanted.kind) in seen:
+                continue  # whoever comes before it holds less
+            seen.add((wanted.target, wanted.kind))
+            brake = self._target(wanted)
+            is_braked = not brake.admits(self.calls_to(wanted.target), now)
+            if self._has_room(wanted) and not is_braked:
                 continue
-            own = [place for place in self._places if place.wanted.target == wanted.target]
-            places = own if is_targets else list(self._places)
-            if any(place.makes_room for place in places):
-                return  # that one will end soon
-            # Where a single target lacks vchans, that may be its fault: nothing that others use ends for it.
-            used = places if not self._has_room(wanted) or self._shortage.is_met_by_several else own
+            everybody = list(self._places)
+            own = [place for place in everybody if place.wanted.target == wanted.target]
+            leaves_room = self._leaves_room(wanted.target)
+            used = everybody if leaves_room and not is_braked else own
+            unused = everybody if leaves_room and (not is_braked or brake.waits_for_any) else own
+            if any(place.makes_room for place in unused):
+                continue  # that one will end soon
             found = (
-                self._idlest_mux_call(places)
-                or self._idlest_single(used, wanted)
-                or self._idlest_of_one_user(used, wanted)
+                idlest_mux_call(unused)
+                or idlest_single(used, wanted.key, self._queue)
+                or idlest_of_one_user(used, wanted.users(), everybody)
             )
             if found is not None:
                 found.make_room()
-            return
-
-    def _idlest_mux_call(self, places: list[Place]) -> Place | None:
-        """The least recently used mux call that nothing uses now."""
-        return max(
-            (p for p in places if p.wanted.kind is Kind.MUX and p.quiet_s >= 0),
-            key=lambda p: p.quiet_s,
-            default=None,
-        )
-
-    def _idlest_single(self, places: list[Place], wanted: Wanted) -> Place | None:
-        """The idlest single call of the key that holds most, if that is more than the waiting one's share."""
-        candidates = (
-            place
-            for place in places
-            if place.wanted.kind is Kind.SINGLE
-            and place.quiet_s >= QUIET_S
-            and self._queue.has_more_than_its_share(place.wanted.key, wanted.key)
-        )
-        return max(candidates, key=lambda p: (self._queue.held(p.wanted.key), p.quiet_s), default=None)
-
-    def _idlest_of_one_user(self, places: list[Place], wanted: Waiting) -> Place | None:
-        """The idlest mux call with a single client, if that client has more of them than one that waits."""
-        held_by = Counter[Key]()
-        for place in self._places:
-            if (use := place.sole_user) is not None:
-                count_key(held_by, use[0])
-        users = wanted.users()
-        found, most = None, (0, 0.0)
-        for place in places:
-            if (use := place.sole_user) is None or use[1] < QUIET_S:
-                continue
-            rank = held_by[use[0][:1]], use[1]
-            if rank > most and any(has_more_than_its_share(held_by, use[0], user) for user in users):
-                found, most = place, rank
-        return found
+                return
 
     def _end(self, place: Place) -> None:
         self._places.discard(place)
+        self._count(place.wanted, -1)
+        self._queue.release(place.wanted.key)
+        for brake, _ in self._brakes(place.wanted):
+            brake.ended(place)
         if not place.has_failed:
             self._freed_at = trio.current_time()
-        self._queue.release(place.wanted.key)
-        for brake in self._brakes(place.wanted):
-            brake.ended(place)
+            for brake in self._targets.values():
+                brake.hasten()
         self._look()
+
+    def _count(self, wanted: Wanted, change: int) -> None:
+        self._calls_to[wanted.target] += change
+        if wanted.kind is Kind.SINGLE:
+            self._singles += change
+        self._keep_room()
+
+    def _keep_room(self) -> None:
+        """Keep a place for each target that has none, within bounds."""
+        without = sum(not self._calls_to[target] for target in self._expected)
+        self._kept = min(without, self.calls_max // _TARGETS_SHARE)
 
     def _no_room(self, wanted: Wanted) -> RefusedError:
         """Why there was no place in time."""
-        for brake in reversed(self._brakes(wanted)):
+        for brake, _ in reversed(self._brakes(wanted)):
             if brake.is_on:
                 return RefusedError(brake.why, brake.kind)
         return RefusedError(f"this qube makes {self.calls} calls, and none ended in time", Refusal.BUSY)
 
     # Brakes
 
-    def _brakes(self, wanted: Wanted) -> tuple[Brake, ...]:
-        """The brakes that apply to it. A renewal has none for its service: its own pace is slow enough."""
-        brakes = self._here, self._target(wanted)
-        return brakes if wanted.kind is Kind.RENEWAL else (*brakes, self._service(wanted))
+    def _brakes(self, wanted: Wanted) -> tuple[tuple[Brake, int], ...]:
+        """The brakes that apply to it, and how many calls count against each: none against that of a service,
+        which was refused. A renewal has none for its service: its own pace is slow enough."""
+        of_target = self._target(wanted), self.calls_to(wanted.target)
+        return (of_target,) if wanted.kind is Kind.RENEWAL else (of_target, (self._service(wanted), 0))
 
     def _target(self, wanted: Wanted) -> Brake:
         return self._targets.setdefault(wanted.target, Brake())
 
     def _service(self, wanted: Wanted) -> Brake:
         return self._services.setdefault((wanted.target, wanted.service), Brake())
-
-    def _living(self, brake: Brake, wanted: Wanted) -> int:
-        """How many calls count against a brake: none against that of a service, which was refused."""
-        if brake is self._here:
-            return self.calls
-        return self.calls_to(wanted.target) if brake is self._target(wanted) else 0

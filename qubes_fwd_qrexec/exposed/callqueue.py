@@ -87,13 +87,14 @@ class CallQueue(Generic[_W]):
             if not of_one:
                 self._singles.pop(wanted.key, None)
 
-    def take(self, may_begin: Callable[[_W], bool]) -> _W | None:
-        """Return the next one that may begin. It waits no more, and counts as a call until `release`."""
-        found = min(filter(may_begin, self._waiting), key=self._rank, default=None)
-        if found is not None:
-            self.remove(found)
-            count_key(self._held_by, found.key, 1)
-        return found
+    def first(self, may_begin: Callable[[_W], bool]) -> _W | None:
+        """The one that is served first of those that may begin."""
+        return min(filter(may_begin, self._waiting), key=self._rank, default=None)
+
+    def begin(self, wanted: _W) -> None:
+        """It waits no more, and counts as a call until `release`."""
+        self.remove(wanted)
+        count_key(self._held_by, wanted.key, 1)
 
     def release(self, key: Key) -> None:
         """A call of that key is over."""

@@ -98,7 +98,7 @@ class Transports:
             self.pools.pop(key).retire()
         for key in self.flow_pools.keys() - needed:
             self.flow_pools.pop(key).retire()
-        self.calls.expect(len(needed))
+        self.calls.expect(len(needed), {config.target for config in configs})
         self.calls.forget_refusals()
 
     def drain(self) -> None:

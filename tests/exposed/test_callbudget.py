@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """One budget for all qrexec calls of a qube: who gets a place, who waits, and who makes room."""
 
+from collections.abc import Callable
+
 import pytest
 import trio
-from budgetbench import Client, bench_of, served
+from budgetbench import Bench, Client, bench_of, served
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from qubes_fwd_qrexec.exposed.callbudget import (
-    BEGIN_MAX,
+    BEGIN_OF_ONE_MAX,
     BEGIN_S,
     RENEWALS_MAX,
     CallBudget,
+    Waiting,
 )
-from qubes_fwd_qrexec.exposed.callqueue import Kind
+from qubes_fwd_qrexec.exposed.callqueue import CallQueue, Kind
 from qubes_fwd_qrexec.exposed.callwaits import WAIT_S
 
 
@@ -32,13 +35,13 @@ async def test_few_begin_together_and_a_cold_target_holds_up_others_for_a_moment
     autojump_clock: MockClock,
 ) -> None:
     async with bench_of(20) as bench:
-        clients = await bench.want(*["r/s"] * (2 * BEGIN_MAX))
-        assert served(clients) == BEGIN_MAX
+        clients = await bench.want(*["r/s"] * (2 * BEGIN_OF_ONE_MAX))
+        assert served(clients) == BEGIN_OF_ONE_MAX
         clients[0].through()
         await wait_all_tasks_blocked()
-        assert served(clients) == BEGIN_MAX + 1
+        assert served(clients) == BEGIN_OF_ONE_MAX + 1
         await trio.sleep(BEGIN_S + 1)
-        assert served(clients) == 2 * BEGIN_MAX
+        assert served(clients) == 2 * BEGIN_OF_ONE_MAX
 
 
 async def test_waiting_has_a_bound_and_says_why(autojump_clock: MockClock) -> None:
@@ -114,9 +117,31 @@ async def test_a_bug_while_calls_are_waited_for_ends_nobody(
         raise ZeroDivisionError("a bug")
 
     async with bench_of(20) as bench:
-        clients = await bench.want(*["r/s"] * (2 * BEGIN_MAX))
+        clients = await bench.want(*["r/s"] * (2 * BEGIN_OF_ONE_MAX))
         with monkeypatch.context() as patch:
             patch.setattr(CallBudget, "_make_room", fail)
             await trio.sleep(BEGIN_S / 2)
         await trio.sleep(BEGIN_S)
-        assert served(clients) == 2 * BEGIN_MAX
+        assert served(clients) == 2 * BEGIN_OF_ONE_MAX
+
+
+async def test_who_comes_while_many_wait_has_nobody_looked_at_but_itself(autojump_clock: MockClock) -> None:
+    """Clients come as fast as a rule lets them, and each would look at all that wait."""
+
+    class Queue(CallQueue[Waiting]):
+        looks = 0
+
+        def first(self, may_begin: Callable[[Waiting], bool]) -> Waiting | None:
+            self.looks += 1
+            return super().first(may_begin)
+
+    async with trio.open_nursery() as tasks:
+        queue = Queue()
+        bench = Bench(CallBudget(tasks, 2, queue), tasks)
+        await bench.have(2)
+        await bench.want("r/s")
+        before = queue.looks
+        await bench.want(*["r/s"] * 100)
+        assert bench.budget.waiting == 101
+        assert queue.looks - before <= 1
+        tasks.cancel_scope.cancel()

@@ -11,7 +11,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.exposed.callbudget import (
-    BEGIN_MAX,
+    BEGIN_OF_ONE_MAX,
     BEGIN_S,
 )
 from qubes_fwd_qrexec.exposed.callqueue import Kind
@@ -47,10 +47,11 @@ async def test_if_all_are_in_use_nobody_is_cut_and_the_next_one_waits(autojump_c
 
 async def test_idle_connections_of_one_client_do_not_keep_another_out(autojump_clock: MockClock) -> None:
     async with bench_of(4) as bench:
-        crowd = await bench.want(*["web/a"] * 4)
-        for number, client in enumerate(crowd):
-            client.through()
-            client.quiet_s = 10.0 + number
+        crowd = []
+        for number in range(4):
+            crowd += await bench.want("web/a")
+            crowd[-1].through()
+            crowd[-1].quiet_s = 10.0 + number
         (other,) = await bench.want("web/b")
         await wait_all_tasks_blocked()
         assert other.has_call
@@ -124,6 +125,73 @@ async def test_a_connection_in_which_something_moves_is_not_cut(autojump_clock: 
         assert served(crowd) == 2
 
 
+@pytest.mark.parametrize("status", [ExitStatus.NO_ROOM, ExitStatus.REFUSED])
+async def test_room_is_made_for_others_although_one_comes_before_them_to_whom_none_can_be_given(
+    autojump_clock: MockClock, status: ExitStatus
+) -> None:
+    async with bench_of(5) as bench:
+        crowd = []
+        for _ in range(3):
+            crowd += await bench.want("web/a")
+            crowd[-1].through()
+            crowd[-1].quiet_s = 10.0
+        await bench.have(1, kind=Kind.MUX, service="bad/m")
+        (failed,) = await bench.want(kind=Kind.MUX, service="bad/m")
+        assert failed.failed(status)
+        await bench.want(kind=Kind.MUX, service="bad/m")
+        await bench.have(1, kind=Kind.MUX, service="other/m")
+
+        (behind,) = await bench.want("web/b")
+        await bench.until(lambda: behind.has_call)
+
+        assert served(crowd) <= 2
+
+
+# A place for each target
+
+
+async def test_a_target_leaves_a_place_to_each_that_has_no_call(autojump_clock: MockClock) -> None:
+    """Its calls are in use, whatever it does with them."""
+    async with bench_of(8) as bench:
+        bench.budget.expect(0, ["greedy", "also", "one", "two"])
+        await bench.have(1, service="greedy/s")
+        assert served(await bench.want(*["r/s"] * 3, kind=Kind.MUX, service="also/m")) == 3
+        await trio.sleep(BEGIN_S)
+        more = await bench.want(*[""] * 5, kind=Kind.MUX, service="greedy/m")
+        for client in filter(has_call, more):
+            client.through()
+        await wait_all_tasks_blocked()
+        assert served(more) == 2
+        assert served(await bench.want(kind=Kind.MUX, service="one/m")) == 1
+        assert served(await bench.want("r/s", service="two/s+1")) == 1
+        assert served(more) == 2
+
+
+async def test_at_most_half_of_all_places_are_left_to_targets_without_a_call(
+    autojump_clock: MockClock,
+) -> None:
+    async with bench_of(8) as bench:
+        bench.budget.expect(0, [f"t{number}" for number in range(50)])
+        assert len(await bench.have(4, service="t0/s+1")) == 4
+        (waiting,) = await bench.want("r/s", service="t0/s+1")
+        assert not waiting.has_call
+        for number in range(1, 5):
+            await bench.have(1, service=f"t{number}/s+1")
+        assert bench.budget.calls == 8
+
+
+async def test_unused_calls_of_others_are_kept_for_them(autojump_clock: MockClock) -> None:
+    """Letting them go would give no room to a target which has a call: it would be their place still."""
+    async with bench_of(3) as bench:
+        bench.budget.expect(0, ["greedy", "other"])
+        await bench.have(2, kind=Kind.MUX, service="greedy/m")
+        (unused,) = await bench.have(1, kind=Kind.MUX, service="other/m")
+        unused.quiet_s = 10.0
+        (waiting,) = await bench.want(kind=Kind.MUX, service="greedy/m")
+        await waiting.ended.wait()
+        assert unused.has_call
+
+
 # No room elsewhere
 
 
@@ -195,10 +263,10 @@ async def test_what_dom0_has_never_allowed_is_soon_refused_beside_living_calls(
         await trio.sleep(AGAIN_S)
         assert await refusals_of(bench, "work/s+2") == 1
         # The target is not full, as the next call to it finds out for all.
-        others = await bench.want(*["r/s"] * BEGIN_MAX)
+        others = await bench.want(*["r/s"] * BEGIN_OF_ONE_MAX)
         next(filter(has_call, others)).through()
         await wait_all_tasks_blocked()
-        assert served(others) == BEGIN_MAX
+        assert served(others) == BEGIN_OF_ONE_MAX
         await trio.sleep(AGAIN_S)
         assert await refusals_of(bench, "work/s+2") == 1
         assert served(await bench.want("r/s")) == 1
@@ -255,9 +323,9 @@ async def test_a_target_that_has_just_started_and_is_full_at_once_refuses_nobody
     autojump_clock: MockClock,
 ) -> None:
     async with bench_of(20) as bench:
-        clients = await bench.want(*["r/s"] * (2 * BEGIN_MAX))
+        clients = await bench.want(*["r/s"] * (2 * BEGIN_OF_ONE_MAX))
         await trio.sleep(BEGIN_S + 1)
-        assert served(clients) == 2 * BEGIN_MAX
+        assert served(clients) == 2 * BEGIN_OF_ONE_MAX
         assert clients[-1].failed(ExitStatus.REFUSED)
         clients[0].through()
 

@@ -1,157 +1,143 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Calls that find no room for a vchan in this qube, and targets whose calls end as if they had found none."""
 
+from functools import partial
+
 import pytest
 import trio
-from budgetbench import bench_of, served
+from budgetbench import bench_of, has_call, served
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
-from qubes_fwd_qrexec.exposed.callbudget import BEGIN_MAX
+from qubes_fwd_qrexec.exposed.callbudget import BEGIN_OF_ONE_MAX, LOOK_S
 from qubes_fwd_qrexec.exposed.callqueue import Kind
-from qubes_fwd_qrexec.exposed.callwaits import AGAIN_S
+from qubes_fwd_qrexec.exposed.callwaits import AGAIN_S, DOUBT_S
 
 
-async def test_without_room_for_a_vchan_calls_to_all_targets_wait(autojump_clock: MockClock) -> None:
+async def test_whose_call_found_no_room_is_served_once_any_call_has_ended(autojump_clock: MockClock) -> None:
     async with bench_of(20) as bench:
         living = await bench.have(3)
         (failed,) = await bench.want(service="other/s+1")
         assert failed.failed(ExitStatus.NO_ROOM)
-        (waiting,) = await bench.want(service="third/s+1")
-        assert not waiting.has_call
+        (again,) = await bench.want(service="other/s+1")
+        await trio.sleep(LOOK_S)
+        assert not again.has_call
         living[0].end()
         await wait_all_tasks_blocked()
-        assert waiting.has_call
+        assert again.has_call  # before the target that had it, if that wants more
 
 
-async def test_a_target_that_takes_no_call_keeps_nobody_out_of_others(autojump_clock: MockClock) -> None:
-    """Its calls end with the status of those that find no room; who gets through then shows that there is."""
-    async with bench_of(20) as bench:
-        await bench.have(2)
-        (failed,) = await bench.want("b/c", service="bad/s+1")
-        assert failed.failed(ExitStatus.NO_ROOM)
-        (first,) = await bench.want("b/c", service="bad/s+1")
-        (other,) = await bench.want("r/s")
-        await bench.until(lambda: served([first, other]) > 0)
-        assert (first.has_call, other.has_call) == (
-            False,
-            True,
-        )  # although it has asked first, and has no call
-        other.through()
-        await wait_all_tasks_blocked()
-        assert first.has_call
-        assert not first.failed(ExitStatus.NO_ROOM, "it takes none")
-        (later,) = await bench.want("b/c", service="bad/s+1")
-        assert not later.has_call
-        assert served(await bench.want("r/s", service="third/s+1")) == 1
-        await bench.until(lambda: later.has_call)
-        later.through()
-        (another,) = await bench.want("b/c", service="bad/s+1")
-        assert another.failed(ExitStatus.NO_ROOM)  # it takes calls after all
-
-
-@pytest.mark.parametrize(("ending", "is_the_targets"), [(1, False), (2, True)])
-async def test_a_target_for_which_room_was_made_in_vain_takes_no_call(
-    autojump_clock: MockClock, ending: int, is_the_targets: bool
-) -> None:
-    """The room of a single call is too small for a mux call, and that of two is not."""
-    async with bench_of(20) as bench:
-        living = await bench.have(4)
-        (failed,) = await bench.want(service="bad/s+1")
-        assert failed.failed(ExitStatus.NO_ROOM)
-        await trio.sleep(0.1)
-        for client in living[:ending]:
-            client.end()
-        (again,) = await bench.want(service="bad/s+1")
-        await wait_all_tasks_blocked()
-        assert again.failed(ExitStatus.NO_ROOM) is not is_the_targets
-        others = await bench.want("r/s", "r/s", "r/s")
-        assert served(others) == (3 if is_the_targets else 0)
-
-
-@pytest.mark.parametrize("kind", [Kind.SINGLE, Kind.MUX])
-async def test_a_small_call_that_gets_through_says_nothing_of_room_for_a_large_one(
-    autojump_clock: MockClock, kind: Kind
-) -> None:
-    async with bench_of(20) as bench:
-        await bench.have(2)
-        (failed,) = await bench.want(kind=kind, service="large/s+1")
-        assert failed.failed(ExitStatus.NO_ROOM)
-        (other,) = await bench.want("r/s")
-        await bench.until(lambda: other.has_call)
-        other.through()
-        (again,) = await bench.want(kind=kind, service="large/s+1")
-        await bench.until(lambda: again.has_call)
-        assert again.failed(ExitStatus.NO_ROOM) is (kind is Kind.MUX)  # it waits for room, or is refused
-
-
-@pytest.mark.parametrize("ending", [0, 2])
-async def test_a_call_that_may_have_had_the_room_of_one_that_ended_says_nothing(
-    autojump_clock: MockClock, ending: int
-) -> None:
-    async with bench_of(20) as bench:
-        living = await bench.have(4)
-        (failed,) = await bench.want(service="other/s+1")
-        assert failed.failed(ExitStatus.NO_ROOM)
-        (tried,) = await bench.want("r/s")
-        await bench.until(lambda: tried.has_call)
-        await trio.sleep(0.1)
-        for client in living[:ending]:
-            client.end()
-        await wait_all_tasks_blocked()
-        tried.through()
-        (again,) = await bench.want(service="other/s+1")
-        await bench.until(lambda: again.has_call)
-        assert again.failed(ExitStatus.NO_ROOM) is (ending > 0)
-
-
-async def test_a_call_beside_which_others_ended_says_nothing_of_its_target(autojump_clock: MockClock) -> None:
-    """Two calls fewer are left when it is heard of, but it has tried beside as many as the first one."""
-    async with bench_of(20) as bench:
-        living = await bench.have(4)
-        (failed,) = await bench.want(service="other/s+1")
-        assert failed.failed(ExitStatus.NO_ROOM)
-        (again,) = await bench.want(service="other/s+1")
-        await bench.until(lambda: again.has_call)
-        await trio.sleep(0.1)
-        for client in living[:2]:
-            client.end()
-        await wait_all_tasks_blocked()
-        assert again.failed(ExitStatus.NO_ROOM)
-
-
-async def test_a_change_of_the_configuration_forgets_which_target_was_at_fault(
+async def test_it_is_tried_now_and_then_and_no_more_often_however_many_calls_end(
     autojump_clock: MockClock,
 ) -> None:
     async with bench_of(20) as bench:
-        living = await bench.have(4)
-        for is_the_targets in (False, True):
-            (failed,) = await bench.want(service="bad/s+1")
-            assert failed.failed(ExitStatus.NO_ROOM) is not is_the_targets
-            await trio.sleep(0.1)
-            for client in living[:2]:
+        await bench.have(2)
+        (failed,) = await bench.want(service="bad/s+1")
+        failed.through()
+        failed.end()
+        began = trio.current_time()
+        tries = 0
+        while trio.current_time() < began + 10.0:
+            for client in await bench.want("b/c", service="bad/s+1"):
+                await bench.until(partial(has_call, client))
+                assert client.failed(ExitStatus.NO_ROOM)
+                tries += 1
+            for client in await bench.have(5):
                 client.end()
-            await wait_all_tasks_blocked()
-        bench.budget.forget_refusals()
-        (again,) = await bench.want(service="bad/s+1")
-        assert again.failed(ExitStatus.NO_ROOM)
+        assert tries <= 10.0 / LOOK_S + 1
+        calm = trio.current_time()
+        tries = 0
+        while trio.current_time() < calm + 20.0:
+            (client,) = await bench.want("b/c", service="bad/s+1")
+            await bench.until(partial(has_call, client))
+            assert client.failed(ExitStatus.NO_ROOM)
+            tries += 1
+        assert tries <= 20.0 / AGAIN_S + 1
 
 
-@pytest.mark.parametrize(("failing", "cut"), [(["bad"], 0), (["bad", "other"], 1)])
-async def test_nothing_in_use_is_cut_because_a_single_target_finds_no_room(
-    autojump_clock: MockClock, failing: list[str], cut: int
+@pytest.mark.parametrize("does", ["fails", "hangs"])
+async def test_a_target_that_takes_no_call_keeps_nobody_out_of_others(
+    autojump_clock: MockClock, does: str
+) -> None:
+    """Its calls end with the status of those that find no room, or do not end."""
+    async with bench_of(20) as bench:
+        bench.budget.expect(0, ["work", "bad"])
+        await bench.have(2)
+        (failed,) = await bench.want("b/c", service="bad/s+1")
+        assert failed.failed(ExitStatus.NO_ROOM)
+        waiting = await bench.want(*["b/c"] * 5, service="bad/s+1")
+        await bench.until(lambda: served(waiting) > 0)
+        if does == "fails":
+            assert next(filter(has_call, waiting)).failed(ExitStatus.NO_ROOM)
+        for number in range(15):
+            (other,) = await bench.want("r/s", service=f"{'third' if number else 'work'}/s+1")
+            assert other.has_call
+            other.through()
+
+
+async def test_a_target_that_has_never_taken_a_call_refuses_after_a_moment(
+    autojump_clock: MockClock,
 ) -> None:
     async with bench_of(20) as bench:
-        idle = await bench.want(*["web/a"] * 3)
-        for client in idle:
-            client.through()
-            client.quiet_s = 10.0
+        await bench.have(2)
+        began = trio.current_time()
+        waiting = await bench.want(*["b/c"] * 10, service="bad/s+1")
+        while True:
+            await bench.until(lambda: served(waiting) > 0)
+            if not next(filter(has_call, waiting)).failed(ExitStatus.NO_ROOM, "it takes none"):
+                break
+            await wait_all_tasks_blocked()
+        assert DOUBT_S <= trio.current_time() - began < DOUBT_S + 2 * AGAIN_S
+        await wait_all_tasks_blocked()
+        assert {str(client.error) for client in waiting if client.error} == {"it takes none"}
+
+
+async def test_what_has_taken_a_call_lacks_room_for_as_long_as_it_takes(autojump_clock: MockClock) -> None:
+    async with bench_of(20) as bench:
+        await bench.have(2)
+        (once,) = await bench.have(1, service="other/s+1")
+        once.end()
+        for _ in range(20):
+            (client,) = await bench.want("b/c", service="other/s+1")
+            await bench.until(partial(has_call, client))
+            assert client.failed(ExitStatus.NO_ROOM)
+
+
+@pytest.mark.parametrize("failing", [["bad"], ["bad", "other"]])
+async def test_nothing_that_others_use_is_cut_for_targets_whose_calls_find_no_room(
+    autojump_clock: MockClock, failing: list[str]
+) -> None:
+    async with bench_of(20) as bench:
+        idle = []
+        for _ in range(3):
+            idle += await bench.want("web/a")
+            idle[-1].through()
+            idle[-1].quiet_s = 10.0
+        (unused,) = await bench.have(1, kind=Kind.MUX, service="work/m")
+        unused.quiet_s = 10.0
         began = [(await bench.want("b/c", service=f"{target}/s+1"))[0] for target in failing]
         for client in began:
             assert client.failed(ExitStatus.NO_ROOM)
-        await bench.want("b/c", service="bad/s+1")
-        await trio.sleep(AGAIN_S / 2)
-        assert served(idle) == 3 - cut
+        for target in failing:
+            await bench.want("b/c", service=f"{target}/s+1")
+        await trio.sleep(3 * AGAIN_S)
+        assert served(idle) == 3
+        assert not unused.has_call
+
+
+async def test_idle_connections_to_a_target_make_room_for_others_to_it(autojump_clock: MockClock) -> None:
+    async with bench_of(20) as bench:
+        idle = []
+        for _ in range(3):
+            idle += await bench.want("web/a")
+            idle[-1].through()
+            idle[-1].quiet_s = 10.0
+        (failed,) = await bench.want("web/b")
+        assert failed.failed(ExitStatus.NO_ROOM)
+        (again,) = await bench.want("web/b")
+        await wait_all_tasks_blocked()
+        assert again.has_call
+        assert served(idle) == 2
 
 
 async def test_a_call_that_began_before_room_was_made_says_nothing_of_that(autojump_clock: MockClock) -> None:
@@ -172,11 +158,11 @@ async def test_calls_that_begin_together_and_find_no_room_wait_for_those_that_be
     """Nobody knows yet which of them are through: xenstored has a transaction for some of them only."""
     async with bench_of(20) as bench:
         clients = await bench.want(*["r/s"] * 10)
-        began = clients[:BEGIN_MAX]
+        began = clients[:BEGIN_OF_ONE_MAX]
         for client in began[2:]:
             assert client.failed(ExitStatus.NO_ROOM)
         await wait_all_tasks_blocked()
-        assert bench.budget.waiting == 10 - BEGIN_MAX
+        assert bench.budget.waiting == 10 - BEGIN_OF_ONE_MAX
         for client in began[:2]:
             client.through()
             client.end()
@@ -215,10 +201,12 @@ async def test_the_last_of_those_that_found_no_room_is_refused_and_with_it_all_w
 ) -> None:
     async with bench_of(20) as bench:
         clients = await bench.want(*["r/s"] * 10)
-        verdicts = [client.failed(ExitStatus.NO_ROOM) for client in clients[:BEGIN_MAX]]
-        assert verdicts == [True] * (BEGIN_MAX - 1) + [False]
+        verdicts = [client.failed(ExitStatus.NO_ROOM) for client in clients[:BEGIN_OF_ONE_MAX]]
+        assert verdicts == [True] * (BEGIN_OF_ONE_MAX - 1) + [False]
         await wait_all_tasks_blocked()
-        assert [client.error is not None for client in clients[BEGIN_MAX:]] == [True] * (10 - BEGIN_MAX)
+        assert [client.error is not None for client in clients[BEGIN_OF_ONE_MAX:]] == [True] * (
+            10 - BEGIN_OF_ONE_MAX
+        )
 
 
 async def test_the_first_call_that_finds_no_room_is_a_refusal(autojump_clock: MockClock) -> None:
