@@ -4,13 +4,15 @@
 The hold is one word in dom0's policy file, which allows nothing while it is there. Every command reads that
 file first, and with the hold in it its plan has nothing live. A command that read the file before the hold
 cannot open anything after it: it may only replace the text that it read, and no two holds have the same text.
-So the file is written at once, without the lock, and the rest is done as `apply` does it. If this is killed
-after its first write, nothing opens, and the next `apply` closes the rest and ends calls.
+So the file is written at once, without the lock. The targets that it named end their calls next, which in
+dom0 needs no qubesd; the rest is done as `apply` does it. If this is killed after its first write, nothing
+opens, and the next `apply` closes the rest and ends calls.
 """
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
+from threading import Thread
 from typing import NamedTuple, TypeVar
 
 from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError
@@ -20,11 +22,15 @@ from . import policy, snapshot
 from .apply import Applied, reconcile
 from .backend import ANY, Backend
 from .confirming import Lack, Unconfirmed, end_drains, forwarding, not_closed
-from .inventory import CONFIG_PREFIX
+from .inventory import CONFIG_PREFIX, Inventory
 from .revoking import Ended, allowances, revoke, serving
 from .states import Plan
 
 _T = TypeVar("_T")
+
+# A large system is read in some seconds.
+QUBES_TIMEOUT_S = 30.0
+_WAY_OUT = "on a Qubes system 'systemctl restart qubesd' may help"
 
 
 class Held(NamedTuple):
@@ -44,26 +50,35 @@ class Held(NamedTuple):
     allowed: tuple[str, ...]
 
 
-def hold(backend: Backend, now: float) -> Held:
-    """Close everything and hold it. Never raises a `ForwardError`; waits for the lock for 10 s at most."""
+def hold(backend: Backend, now: float, *, qubes_timeout_s: float = QUBES_TIMEOUT_S) -> Held:
+    """Close everything and hold it. Never raises a `ForwardError`; waits for the lock for 10 s at most.
+
+    If qubes cannot be read within ``qubes_timeout_s``, listeners stay as they are, and get no call through.
+    """
     problems: list[str] = []
     notes: list[str] = []
+    before = _tried([], "", backend.read_policy)
     text = policy.hold_text(now)
     _tried(problems, "policy: deny every call", lambda: backend.replace_policy(text, ANY))
-    # The holder of the lock may be waiting for a qube, so calls are ended before waiting for the lock.
-    targets = _tried([], "", lambda: serving(backend.inventory(with_config=False)))
-    ended = _end_calls(targets or (), backend)
+    # The holder of the lock may be waiting for a qube, so calls are ended before waiting for the lock; and
+    # those that policy names before the qubes are read, as qubesd may hang.
+    ended = _end_calls(policy.targets(None if before is None else before.text), backend)
+    what = "read all qubes, to find listeners and calls"
+    try:
+        ended |= _end_calls(serving(_inventory(backend, qubes_timeout_s)) - ended.keys(), backend)
+    except TimeoutError:
+        problems.append(f"{what}: no answer within {qubes_timeout_s:g} s; {_WAY_OUT}")
+        return _held(backend, None, ended, (), problems, notes)
+    except (ForwardError, OSError):
+        pass  # told below, if it is still so
     with ExitStack() as locked:
         _tried(notes, "this went on without the lock", lambda: locked.enter_context(backend.locked()))
-        what = "read all qubes, to find listeners and calls"
         try:
             applied = _tried(problems, what, lambda: reconcile(backend, now, is_held=True))
         except Exception as error:  # noqa: BLE001  # a rule that is more than we can plan keeps nothing open
             problems.append(f"a bug in qvm-forward: {type(error).__name__}: {error}")
             applied = None
             _take_all(problems, backend)
-    installed = _tried(problems, "policy: it cannot be read", backend.read_policy)
-    in_force = None if installed is None else installed.text
     doubts: tuple[Unconfirmed, ...] = ()
     if applied is not None:
         doubts = not_closed(forwarding(applied.snapshot.inventory), backend)
@@ -74,6 +89,36 @@ def hold(backend: Backend, now: float) -> Held:
         problems += applied.outcome.problems
         # Those that could not be found before, or have started since.
         ended |= _end_calls(serving(applied.snapshot.inventory) - ended.keys(), backend)
+    return _held(backend, applied, ended, doubts, problems, notes)
+
+
+def _inventory(backend: Backend, timeout_s: float) -> Inventory:
+    """All qubes. Raises `StoreError`, and TimeoutError: qubesadmin waits for qubesd without an end."""
+    from concurrent.futures import Future
+
+    found = Future[Inventory]()
+
+    def read() -> None:
+        try:
+            found.set_result(backend.inventory(with_config=False))
+        except BaseException as error:  # noqa: BLE001  # raised by result()
+            found.set_exception(error)
+
+    Thread(target=read, daemon=True).start()
+    return found.result(timeout_s)
+
+
+def _held(
+    backend: Backend,
+    applied: Applied | None,
+    ended: dict[QubeName, Ended],
+    doubts: tuple[Unconfirmed, ...],
+    problems: list[str],
+    notes: list[str],
+) -> Held:
+    """What was done, and what policy says now."""
+    installed = _tried(problems, "policy: it cannot be read", backend.read_policy)
+    in_force = None if installed is None else installed.text
     allowed = tuple(sorted(policy.allowing(in_force)))
     is_held = policy.is_held(in_force)
     return Held(is_held, applied, tuple(ended.values()), doubts, tuple(problems), tuple(notes), allowed)

@@ -108,6 +108,11 @@ def allowing(policy: str | None) -> frozenset[str]:
     return frozenset(line for line in there if line and not line.startswith("#") and line not in CLOSING)
 
 
+def targets(policy: str | None) -> frozenset[QubeName]:
+    """The targets to which a policy file allows calls of our services."""
+    return frozenset(call[0] for line in allowing(policy) if (call := calls_of(line)) is not None)
+
+
 def stock_targets(policy: str | None) -> frozenset[QubeName]:
     """The targets that are called over the stock service alone."""
     if Service.CONNECT_TCP not in (policy or ""):

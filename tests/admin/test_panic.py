@@ -2,6 +2,7 @@
 """The commands panic and resume: everything is closed and held, whatever is wrong, until it is lifted."""
 
 from contextlib import suppress
+from threading import Event
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from qubes_fwd_qrexec.lab.store import LabStore
 
 HELD = "Everything is held by 'qvm-forward panic': nothing opens before 'qvm-forward resume'."
 
+BOUND_S = 60.0
 
 SERVING = ["sys-firewall", "sys-net", "sys-vpn", "untrusted", "vault", "work"]
 """The running qubes of the lab that offer our service."""
@@ -194,7 +196,8 @@ def test_after_its_first_write_nothing_opens_wherever_panic_is_killed(
 
     def kill(entry: str) -> None:
         entries.append(entry)
-        if len(entries) == step + 1:
+        # It reads the file first, and the write is its second step.
+        if len(entries) == step + 2:
             raise Killed
 
     killed, later = Faulty(opened, before=kill), Faulty(opened)
@@ -216,8 +219,8 @@ def test_what_has_another_lock_opens_nothing_at_any_moment(opened: LabDirectory,
         seen.append(len(allowed(opened)))
 
     assert panic(Faulty(opened, before=play_watch)).status == 0
-    assert seen[0] == 2
-    assert set(seen[1:]) == {0}
+    assert seen[:2] == [2, 2]
+    assert set(seen[2:]) == {0}
 
 
 @pytest.mark.parametrize("at", ["inventory", "policy 3", "set sys-net", "read"])
@@ -248,7 +251,7 @@ def test_a_resume_that_a_second_panic_overtakes_lifts_nothing(
 
     def kill(entry: str) -> None:
         entries.append(entry)
-        if len(entries) == 2:
+        if len(entries) == 3:
             raise Killed
 
     def interfere(entry: str) -> None:
@@ -275,6 +278,30 @@ def test_calls_end_though_the_qubes_cannot_be_read_at_first(opened: LabDirectory
     result = panic(backend)
     assert (result.status, ENDED in result.out) == (0, True)
     assert backend.given == dict.fromkeys(SERVING, "version=1 drains=cut\n")
+
+
+def test_calls_that_policy_allowed_end_though_no_qube_can_be_read(opened: LabDirectory, panic: Panic) -> None:
+    backend = Faulty(opened, "inventory")
+    assert panic(backend).status == 1
+    assert backend.given == {"work": "version=1 drains=cut\n"}
+
+
+def test_a_qubesd_that_hangs_is_not_waited_for_and_calls_end(opened: LabDirectory) -> None:
+    answers = Event()
+
+    def hang(entry: str) -> None:
+        if entry == "inventory":
+            assert answers.wait(BOUND_S)
+
+    backend = Faulty(opened, before=hang)
+    held = hold(backend, NOW, qubes_timeout_s=0.0)
+    assert (held.is_held, held.applied, allowed(opened)) == (True, None, frozenset())
+    assert [(each.target, each.ended) for each in held.ended] == [("work", 1)]
+    assert held.problems == (
+        "read all qubes, to find listeners and calls: no answer within 0 s; on a Qubes system "
+        "'systemctl restart qubesd' may help",
+    )
+    answers.set()
 
 
 def test_policy_is_held_though_no_qube_can_be_read(opened: LabDirectory, panic: Panic) -> None:

@@ -65,7 +65,7 @@ COSTS: dict[tuple[str, ...], Cost] = {
     ("disable", "work", "--all"): Cost(1, 1, lambda size: 2 * size, gets=3, replaces=1),
     ("remove", "work", "--all"): Cost(1, 1, lambda size: 2 * size, gets=3, replaces=1),
     ("tunnel", "mark", "sys-vpn"): Cost(1, 1, lambda size: 1, gets=2),
-    ("panic",): Cost(2, 1, lambda size: size * (size + 1), gets=2, replaces=1),
+    ("panic",): Cost(2, 1, lambda size: size * (size + 1), gets=3, replaces=1),
 }
 
 

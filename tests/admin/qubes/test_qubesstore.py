@@ -47,6 +47,19 @@ def test_a_call_gets_what_it_is_given_and_its_end_is_awaited(store: QubesStore, 
     assert (dom0.process.is_killed, dom0.process.given) == (False, b"version=1\n")
 
 
+def test_a_call_in_dom0_needs_no_qubesd_where_the_qubes_daemon_is(store: QubesStore, dom0: FakeQubes) -> None:
+    (dom0.root / "run/qubes/qrexec.work").touch()
+    client = dom0.root / "usr/bin/qrexec-client"
+    client.parent.mkdir(parents=True)
+    client.write_text("#!/bin/sh\ncat\nprintf '%s|' \"$@\"\n")
+    client.chmod(0o755)
+    assert call(store) == b"version=1\n-d|work|user:QUBESRPC qubes.ForwardRevoke dom0|"
+    client.unlink()
+    with pytest.raises(AnswerError, match=r"^qubes\.ForwardRevoke at work: .*No such file"):
+        call(store)
+    assert (dom0.calls, dom0.services) == ([], [])
+
+
 def test_a_file_of_another_directory_that_hides_ours_opens_nothing_and_is_named(
     store: QubesStore, dom0: FakeQubes, over: Command
 ) -> None:
