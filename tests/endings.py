@@ -14,10 +14,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import trio
+from bounds import BOUND_S
 from helpers import until
 
 MIB = 1 << 20
-BOUND_S = 120.0
 
 
 @dataclass(frozen=True)

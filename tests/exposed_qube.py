@@ -17,9 +17,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from bounds import BOUND_S
+from settled import settle
+
 from qubes_fwd_qrexec.lab import netns
 
-BOUND_S = 60.0
 # Between two looks at whether a packet was answered, or else dropped.
 _LOOK_S = 0.02
 PORT = 8080
@@ -75,6 +77,7 @@ class Edge:
         self._opened = opened
         self.config = directory / "config"
         self.config.mkdir()
+        settle(places.entering(name) for name in (netns.EDGE, netns.LAN))
 
     def listen(self, port: int, *addresses: str, uid: int = LISTENER_UID) -> list[socket.socket]:
         """A program of this user listens there, by default the listener."""

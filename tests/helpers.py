@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import trio
+from bounds import BOUND_S
 
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
@@ -18,7 +19,6 @@ from qubes_fwd_qrexec.exposed.listener import Listener
 from qubes_fwd_qrexec.relay.loop import Loop
 from qubes_fwd_qrexec.system.configsource import FileSource
 
-BOUND_S = 60.0
 # However long a test takes, dom0 is not asked again for what it refused; whoever waits gives up soon.
 NEVER_AGAIN = CallWaits(wait_s=0.05, again_s=1e6)
 # What is to be over "at once" or "within a second" is held to this: less than any of the timers that could

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from ipaddress import ip_address
 
+from bounds import BOUND_S
 from helpers import is_ready, tcp_pair, unix_pair
 from inflight import acknowledge, in_flight_bytes
 from loop_time import LoopClock
@@ -30,7 +31,6 @@ from qubes_fwd_qrexec.relay.patience import TICK_S
 
 PORTS = range(8080, 8090)
 ORIGIN = Origin(ip_address("192.0.2.1"), 40000, ip_address("198.51.100.2"), 80)
-BOUND_S = 60.0
 # Several times as long as the kernel waits before it first sends something again.
 _STANDS_S = 5.0
 # The longest wait for news before it is looked again whether they are what was waited for.

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from bounds import BOUND_S
+
 from qubes_fwd_qrexec.common.allowance import Calls
 from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
 from qubes_fwd_qrexec.target.callnotes import Kind, Note, living
@@ -16,7 +18,6 @@ PORTS, SOURCE = TargetPorts(8080, 8090), QubeName("sys-net")
 MINE = Calls(PORTS, SOURCE)
 OTHER_PORTS = Calls(TargetPorts(8080, 8089), SOURCE)
 OTHER_SOURCE = Calls(PORTS, QubeName("work"))
-BOUND_S = 60.0
 _CALL = """\
 import signal, sys
 from pathlib import Path

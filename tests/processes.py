@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bounds import BOUND_S
 from dom0 import forward
 from helpers import free_port, is_listening
 
@@ -23,7 +24,6 @@ from bench.memory import descendants, is_agent
 from qubes_fwd_qrexec.lab import asking, daemon
 from qubes_fwd_qrexec.lab.session import LabSession, open_session
 
-BOUND_S = 60.0
 TARGET, EXPOSED = "work", "sys-net"
 # As the programs are started, with constants of their own.
 _WITH_CONSTANTS = """

@@ -5,19 +5,20 @@ import ctypes
 import itertools
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 import pytest
+from bounds import BOUND_S
+from settled import settle
 
 from qubes_fwd_qrexec.lab import netns
 
 PROBLEM = netns.why_unavailable()
 needs_namespaces = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
-_BOUND_S = 60.0
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _numbers = itertools.count()
 
@@ -77,22 +78,13 @@ class Spaces:
             for net in nets:
                 extra = ["nodad"] if ":" in net[end] else []
                 self.ip_in(name, "address", "add", net[end], "dev", device, *extra)
-        for name, (device, _) in ends.items():
-            self._until_up(name, device)
-
-    def _until_up(self, name: str, device: str) -> None:
-        """Until the kernel has noted the peer; before that, an address of IPv6 has no route to itself."""
-        command = ["ip", "-n", self._prefix + name, "-oneline", "link", "show", "dev", device]
-        deadline = time.monotonic() + _BOUND_S
-        while " state UP " not in (shown := subprocess.check_output(command, text=True, timeout=_BOUND_S)):
-            assert time.monotonic() < deadline, shown
-            time.sleep(0.005)
+        settle(partial(self.within, name) for name in ends)
 
     def ip_in(self, name: str, *arguments: str) -> None:
         self.ip("-n", self._prefix + name, *arguments)
 
     def ip(self, *arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=_BOUND_S)
+        subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=BOUND_S)
 
     def forward_packets(self, name: str) -> None:
         """Make a router of it."""
@@ -103,7 +95,7 @@ class Spaces:
     def run(self, name: str, *command: str, text: str = "") -> str:
         with self.within(name):
             done = subprocess.run(
-                command, input=text, capture_output=True, text=True, timeout=_BOUND_S, check=False
+                command, input=text, capture_output=True, text=True, timeout=BOUND_S, check=False
             )
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from bounds import BOUND_S
 from endings import (
     CLIENT_ABORTS,
     SCRIPTS,
@@ -21,10 +22,6 @@ from endings import (
     server_ends_without_a_byte,
 )
 from helpers import free_port, listening_socket, port_of
-
-_READY_TIMEOUT_S = 60.0
-_END_TIMEOUT_S = 60.0
-
 
 # Python runs it in each program that is started. After an abort the listener waits for the status of its
 # call, however long a busy machine takes to end what the call is made of.
@@ -53,12 +50,12 @@ def relay(target_port: int, transport: str, **environ: str) -> Iterator[tuple[st
     assert process.stdout is not None
     with process.stdout:
         try:
-            ready, _, _ = select.select([process.stdout], [], [], _READY_TIMEOUT_S)
+            ready, _, _ = select.select([process.stdout], [], [], BOUND_S)
             assert ready, "the relay is not ready"
             assert process.stdout.readline() == f"ready 127.0.0.1:{port}\n".encode()
             yield "127.0.0.1", port
             process.send_signal(signal.SIGTERM)
-            assert process.wait(_END_TIMEOUT_S) == 0
+            assert process.wait(BOUND_S) == 0
         finally:
             process.kill()
             process.wait()

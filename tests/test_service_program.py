@@ -16,6 +16,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from bounds import BOUND_S
 from helpers import listening_socket, port_of
 from loop_time import SLOWNESS
 from processes import with_constants
@@ -24,7 +25,6 @@ from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.mux import Connection, Hello, Origin, ProxyVersion, wire
 from qubes_fwd_qrexec.relay.copy import half_close
 
-BOUND_S = 60.0
 ORIGIN = Origin(ip_address("192.0.2.1"), 40000, ip_address("198.51.100.2"), 80)
 HELLO = bytes(wire.encode_hello(Hello(65536, bytes(16))))
 WINDOW = 32768

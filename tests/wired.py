@@ -8,22 +8,21 @@ of our own has come through it, those before it have each gone on to the next qu
 """
 
 import errno
-import fcntl
 import itertools
 import os
 import secrets
 import select
 import socket
-import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from helpers import BOUND_S
+from bounds import BOUND_S
+from settled import settle
 from taps import READ_MAX, Trace, of_datagram, of_syn, read
 
 from qubes_fwd_qrexec.common.values import QubeName
@@ -34,12 +33,6 @@ from qubes_fwd_qrexec.lab.qube import Qube, QubeState
 from qubes_fwd_qrexec.lab.stockrules import Shape
 from qubes_fwd_qrexec.lab.wires import Wires
 
-# linux/if.h and linux/sockios.h: name and flags of a link, in an ifreq.
-_SIOCGIFFLAGS, _IFF_UP, _IFF_RUNNING = 0x8913, 0x1, 0x40
-_FLAGS = struct.Struct("16sH22x")
-# linux/if_addr.h and linux/ipv6_route.h: flags in if_inet6 and in ipv6_route, which are in hexadecimal.
-_TABLES = Path("/proc/thread-self/net")
-_IFA_F_TENTATIVE, _RTF_LOCAL = 0x40, 0x80000000
 # A full queue drops a packet.
 _AGAIN_S = 1.0
 
@@ -224,11 +217,7 @@ class Wired:
         self._settle()
 
     def _settle(self) -> None:
-        """Wait until each new link is up and each address answers: the kernel drops packets before."""
-        until_s = time.monotonic() + BOUND_S
-        while not all(_is_settled(self.places.entering(qube)) for qube in self._taps):
-            assert time.monotonic() < until_s
-            os.sched_yield()
+        settle(self.places.entering(qube) for qube in self._taps)
 
     def halt(self, name: str) -> None:
         self.change(name, state=QubeState.HALTED)
@@ -327,28 +316,6 @@ class Wired:
             tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL))
         self._taps[name] = self._opened.enter_context(tap)
         tap.setblocking(False)
-
-
-def _is_settled(entering: Callable[[], AbstractContextManager[object]]) -> bool:
-    """Whether each link of a namespace that is to be up is, and each address that may be used has its route.
-
-    A worker of the kernel adds the local route of an IPv6 address after the call that adds the address.
-    """
-    with entering(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        names = [name for _, name in socket.if_nameindex()]
-        answers = [fcntl.ioctl(sock, _SIOCGIFFLAGS, _FLAGS.pack(name.encode(), 0)) for name in names]
-        addresses, routes = (_read_fields(name) for name in ("if_inet6", "ipv6_route"))
-    flags = {name: _FLAGS.unpack_from(answer)[1] for name, answer in zip(names, answers, strict=True)}
-    up = {name for name, flag in flags.items() if flag & _IFF_UP}
-    usable = {(of[0], of[-1]) for of in addresses if of[-1] in up and not int(of[4], 16) & _IFA_F_TENTATIVE}
-    local = {(of[0], of[-1]) for of in routes if int(of[-2], 16) & _RTF_LOCAL}
-    return all(flags[name] & _IFF_RUNNING for name in up) and usable <= local
-
-
-def _read_fields(name: str) -> list[list[str]]:
-    """A table of the namespace that this thread is in; empty without IPv6."""
-    table = _TABLES / name
-    return [line.split() for line in table.read_text().splitlines()] if table.exists() else []
 
 
 def _said(proto: str, sock: socket.socket) -> str:

@@ -6,6 +6,8 @@ from tempfile import TemporaryFile
 from threading import Event
 from typing import IO
 
+from bounds import BOUND_S
+
 
 class FakeProcess:
     """A call's process, as `subprocess.Popen`: ``status`` is how it will end, None for never, and it says
@@ -43,7 +45,7 @@ class FakeProcess:
         self._given.close()
 
     def wait(self, timeout: float | None = None) -> int:
-        assert self._is_over.wait(60.0), "nobody ends it"
+        assert self._is_over.wait(BOUND_S), "nobody ends it"
         if not self.given and self.stdin.closed and not self._given.closed:
             self.given = self._given.read()
         return -9 if self._status is None else self._status

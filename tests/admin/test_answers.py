@@ -6,11 +6,11 @@ from subprocess import PIPE, Popen
 from threading import Barrier, Lock
 
 import pytest
+from bounds import BOUND_S
 
 from qubes_fwd_qrexec.admin.answers import AnswerError, ask_status, at_once, both, read_answer, waiting
 from qubes_fwd_qrexec.common.values import QubeName
 
-BOUND_S = 60.0
 SHORT_S = 0.1
 
 

@@ -5,6 +5,7 @@ import json
 from threading import Barrier
 
 import pytest
+from bounds import BOUND_S
 from memory import Memory
 from worlds import NOW, nft_world, rule
 
@@ -34,7 +35,7 @@ class Servers(Memory):
     def ask(self, qube: QubeName, service: str, *_: object, **__: object) -> bytes:
         self.log.append(f"{qube} {service}")
         with waiting():
-            self._all.wait(10.0)
+            self._all.wait(BOUND_S)
         if service.endswith(self._silent):
             raise AnswerError("it hangs")
         report = QubeReport(program="0.1", trial=Trial(Answer.REFUSED, Refusal.LOOPBACK, "the server"))

@@ -4,6 +4,7 @@
 from threading import Barrier
 
 import pytest
+from bounds import BOUND_S
 from memory import Memory, applied, steps
 from worlds import NOW, qube, rule, world
 
@@ -288,7 +289,7 @@ def test_an_answer_that_cannot_be_read_is_a_problem(answer: bytes) -> None:
 
 
 def test_all_targets_are_told_at_once() -> None:
-    together = Barrier(3, timeout=30)
+    together = Barrier(3, timeout=BOUND_S)
 
     class Slow(Memory):
         def ask(self, *args: object, **more: object) -> bytes:

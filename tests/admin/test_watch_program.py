@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bounds import BOUND_S
 from worlds import ADD, Command
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 ROOT = Path(__file__).parents[2]
-BOUND_S = 60.0  # of each wait; a busy machine takes seconds to start a program
 CONFIG = "vm-config.fwd.work.web"
 
 

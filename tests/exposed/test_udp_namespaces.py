@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from bounds import BOUND_S
 from spaces import Spaces, needs_namespaces
 from udp_bench import FlowBench, echo, udp_config
 
@@ -174,7 +175,7 @@ def test_what_the_kernel_says_of_a_side_is_good_for_a_moment_and_no_longer(space
     with spaces.within("edge"):
         index = socket.if_nametoindex("lan")
         assert sides.is_by(index, 0)
-        subprocess.run(["ip", "link", "set", "lan", "group", "2"], check=True, timeout=30)
+        subprocess.run(["ip", "link", "set", "lan", "group", "2"], check=True, timeout=BOUND_S)
         assert sides.is_by(index, 0)
         now[0] += KNOWN_S
         assert not sides.is_by(index, 0)

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterable
 
 import pytest
+from bounds import BOUND_S
 
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
 from qubes_fwd_qrexec.common.values import TIME_MAX
@@ -261,5 +262,5 @@ def test_nft_takes_the_rules_of_every_kind_of_forward(family: Family) -> None:
     )
     text = tables + transaction(family, content(forwards, family), WITH_TABLE, 0)
     subprocess.run(
-        ["unshare", "--net", "nft", "--check", "-f", "-"], input=text, text=True, check=True, timeout=60
+        ["unshare", "--net", "nft", "--check", "-f", "-"], input=text, text=True, check=True, timeout=BOUND_S
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import dom0
+from bounds import BOUND_S
 from helpers import free_port
 
 from qubes_fwd_qrexec.common.report import Firewall, FirewallReport, dump
@@ -15,7 +16,6 @@ from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.lab.session import LabSession
 
 NOW = 1_800_000_000
-BOUND_S = 60.0  # of each wait
 ALL = [
     *("rule", "exposed qube", "applied", "listener", "firewall", "policy"),
     *("target", "service", "server", "round trip"),

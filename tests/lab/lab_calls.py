@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
+from bounds import BOUND_S
 
 from qubes_fwd_qrexec.lab.running import RunningLab, open_lab
 
-BOUND_S = 120.0
 ALLOW_TEST = "test.Service * @anyvm @anyvm allow\n"
 
 

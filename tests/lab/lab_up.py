@@ -8,11 +8,11 @@ import subprocess
 import time
 from collections.abc import Callable
 
+from bounds import BOUND_S
+
 from qubes_fwd_qrexec.lab import daemon
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.running import client_command
-
-BOUND_S = 60.0
 
 
 def call(

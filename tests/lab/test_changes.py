@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bounds import BOUND_S
 
 from qubes_fwd_qrexec.admin.inventory import feature_matters
 from qubes_fwd_qrexec.common.errors import StoreError
@@ -20,7 +21,6 @@ from qubes_fwd_qrexec.lab.qube import Qube, QubeState
 from qubes_fwd_qrexec.system.inotify import IN_Q_OVERFLOW, Inotify, Notice
 
 POLICY = "30-forward.policy"
-BOUND_S = 30.0  # of each wait
 NEW = Qube(name=QubeName("new"))
 
 

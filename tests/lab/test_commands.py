@@ -14,12 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from bounds import BOUND_S
 
 from qubes_fwd_qrexec.common.errors import TextError
 from qubes_fwd_qrexec.lab import cli, demo, netns
 from qubes_fwd_qrexec.lab.relay_command import parse_forward
 
-_TIMEOUT_S = 180.0
 _LAB = (sys.executable, "-m", "qubes_fwd_qrexec.lab.cli")
 _NEEDS_NAMESPACES = pytest.mark.skipif(
     netns.why_unavailable() is not None, reason=f"no namespaces here: {netns.why_unavailable()}"
@@ -41,7 +41,7 @@ def test_demo_shows_the_page_and_both_refusals_whatever_lies_where_it_runs(
         [sys.executable, "-P", *_LAB[1:], "demo", *options],
         capture_output=True,
         text=True,
-        timeout=_TIMEOUT_S,
+        timeout=BOUND_S,
         check=False,
         cwd=place,
         env=os.environ | {"TMPDIR": str(temporary)},
@@ -67,7 +67,7 @@ def test_place_whose_path_is_too_long_for_sockets_is_named(tmp_path: Path) -> No
         [*_LAB, "demo", "--no-netns"],
         capture_output=True,
         text=True,
-        timeout=_TIMEOUT_S,
+        timeout=BOUND_S,
         check=False,
         env=os.environ | {"TMPDIR": str(place)},
     )
@@ -86,7 +86,7 @@ def test_place_without_programs_is_named(tmp_path: Path, words: str) -> None:
         ["unshare", "--mount", "sh", "-c", script],
         capture_output=True,
         text=True,
-        timeout=_TIMEOUT_S,
+        timeout=BOUND_S,
         check=False,
         env=os.environ | {"TMPDIR": str(tmp_path)},
     )
@@ -112,7 +112,7 @@ def test_relay_that_cannot_listen_says_so_and_leaves_nothing(tmp_path: Path) -> 
             [*_LAB, "relay", f"127.0.0.1:{port}=8080"],
             capture_output=True,
             text=True,
-            timeout=_TIMEOUT_S,
+            timeout=BOUND_S,
             check=False,
             env=os.environ | {"TMPDIR": str(tmp_path)},
         )
@@ -144,7 +144,7 @@ def test_relay_carries_datagrams(tmp_path: Path) -> None:
                         data = client.recv(64)
                 assert data == b"pingpong"
                 relay.send_signal(signal.SIGTERM)
-                assert relay.wait(_TIMEOUT_S) == 0
+                assert relay.wait(BOUND_S) == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -173,7 +173,7 @@ def test_relay_refuses_what_is_no_forward(text: str, capsys: pytest.CaptureFixtu
 @contextmanager
 def bounded(process: "subprocess.Popen[str]") -> Iterator[None]:
     """Kill a process that reads and waits would otherwise wait for without end."""
-    timer = threading.Timer(_TIMEOUT_S, process.kill)
+    timer = threading.Timer(BOUND_S, process.kill)
     timer.start()
     try:
         yield

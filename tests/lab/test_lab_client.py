@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from bounds import BOUND_S
 from helpers import until
 
 from qubes_fwd_qrexec.lab.clientcall import ExitError, Options, replace_characters
@@ -181,7 +182,7 @@ def test_without_an_agent_socket_the_client_says_what_to_set(tmp_path: Path) -> 
     command = [sys.executable, "-m", "qubes_fwd_qrexec.lab.client", "work", "s"]
     for extra, said in (([], b"QUBES_LAB_AGENT_SOCKET"), ([f"-a{tmp_path}/none"], b"is the lab up?")):
         done = subprocess.run(
-            [*command[:3], *extra, *command[3:]], env=env, capture_output=True, timeout=30, check=False
+            [*command[:3], *extra, *command[3:]], env=env, capture_output=True, timeout=BOUND_S, check=False
         )
         assert done.returncode == 1
         assert said in done.stderr
@@ -194,7 +195,7 @@ def test_client_imports_neither_socket_nor_os_nor_trio() -> None:
         [sys.executable, "-IS", "-c", f"import sys; sys.path.insert(0, {root!r}); {program}"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=BOUND_S,
         check=True,
     )
     assert not {"socket", "os", "trio", "enum", "re"} & set(done.stdout.split())

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bounds import BOUND_S
 
 from qubes_fwd_qrexec.common.errors import RefusedError, StoreError, TextError
 from qubes_fwd_qrexec.common.values import QubeName
@@ -239,14 +240,14 @@ def test_client_program_runs_under_an_interpreter_with_a_blank_in_its_path(
     link.symlink_to(sys.executable)
     monkeypatch.setattr(sys, "executable", str(link))
     write_client(lab)
-    done = subprocess.run([str(lab.client_program), "-h"], capture_output=True, timeout=30, check=True)
+    done = subprocess.run([str(lab.client_program), "-h"], capture_output=True, timeout=BOUND_S, check=True)
     assert done.stdout.startswith(b"usage:")
 
 
 def test_directory_is_quick_to_import_and_free_of_trio() -> None:
     program = "import sys; import qubes_fwd_qrexec.lab.directory; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=BOUND_S, check=True
     )
     assert not {"trio", "socket", "subprocess", "asyncio", "ctypes"} & set(done.stdout.split())
 

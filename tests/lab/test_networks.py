@@ -238,7 +238,7 @@ def page(lab: LabDirectory, qube: str, address: str, port: int, source: str | No
         f"try: s = socket.create_connection(({address!r}, {port}), 1, {source and (source, 0)!r})\n"
         "except OSError as error: print(type(error).__name__)\n"
         "else:\n"
-        "  try: s.settimeout(60); print(s.recv(9).decode())\n"
+        f"  try: s.settimeout({BOUND_S}); print(s.recv(9).decode())\n"
         "  except OSError as error: print(type(error).__name__)\n"
     )
     with qube_python(lab, qube, script) as program:

@@ -11,14 +11,13 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import trio
+from bounds import BOUND_S
 from dom0 import forward
 from helpers import SOON_S, free_port, is_listening, until
 
 from qubes_fwd_qrexec.exposed.callwaits import WAIT_S
 from qubes_fwd_qrexec.lab import daemon
 from qubes_fwd_qrexec.lab.session import LabSession, open_session
-
-BOUND_S = 60.0
 
 
 @pytest.fixture

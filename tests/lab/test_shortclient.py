@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from bounds import BOUND_S
 from helpers import until
 
 from qubes_fwd_qrexec.lab import shortclient
@@ -18,7 +19,6 @@ from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 from .lab_calls import bounded_lab, calling, give_service, read_exactly
 
-BOUND_S = 60.0
 HAS_PERL = shutil.which("perl") is not None and platform.machine() in ("x86_64", "aarch64")
 pytestmark = pytest.mark.skipif(not HAS_PERL, reason="no Perl here that the script is made for")
 

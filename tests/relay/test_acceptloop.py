@@ -308,7 +308,7 @@ except BindError as error:
 def test_a_program_without_privileges_learns_what_a_low_port_needs(host: str) -> None:
     """docs/behaviours.md, 41."""
     found = subprocess.run(
-        [sys.executable, "-c", _LOW_PORT, host], capture_output=True, text=True, timeout=30, check=True
+        [sys.executable, "-c", _LOW_PORT, host], capture_output=True, text=True, timeout=BOUND_S, check=True
     )
     assert found.stdout.startswith(address_text(host, 80))
     assert "ports under 1024 need the capability CAP_NET_BIND_SERVICE" in found.stdout

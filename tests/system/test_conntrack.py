@@ -11,6 +11,7 @@ from functools import partial
 from ipaddress import ip_address
 
 import pytest
+from bounds import BOUND_S
 from hypothesis import given
 from hypothesis import strategies as st
 from spaces import Spaces, needs_namespaces
@@ -18,7 +19,6 @@ from spaces import Spaces, needs_namespaces
 from qubes_fwd_qrexec.system.conntrack import Connection, ConntrackError, delete, dump_request, parse
 from qubes_fwd_qrexec.system.netlink import BATCH, Netlink, NetlinkError, attribute
 
-BOUND_S = 60.0
 TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
 # linux/netfilter/nf_conntrack_common.h: IPS_SEEN_REPLY, and IPS_DST_NAT beside it.
 PLAIN, SENT_ON = 0x2, 0x22

@@ -5,6 +5,7 @@ import sys
 from ipaddress import ip_address
 
 import pytest
+from bounds import BOUND_S
 from helpers import port_of
 
 from qubes_fwd_qrexec.lab import netns
@@ -105,7 +106,7 @@ in_a_namespace = pytest.mark.skipif(
 def found_in_a_namespace(what: str) -> str:
     """With seconds and a few retries instead of minutes."""
     found = subprocess.run(
-        [sys.executable, "-c", _CODE, what], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", _CODE, what], capture_output=True, text=True, timeout=BOUND_S, check=False
     )
     assert found.stderr == ""
     return found.stdout.strip()

@@ -5,6 +5,8 @@ import resource
 import subprocess
 import sys
 
+from bounds import BOUND_S
+
 _PROGRAM = (
     "import resource; from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit; "
     "print(raise_descriptor_limit(), *resource.getrlimit(resource.RLIMIT_NOFILE))"
@@ -20,7 +22,7 @@ def test_the_soft_limit_becomes_the_hard_one() -> None:
         preexec_fn=lower,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=BOUND_S,
         check=True,
     )
     assert found.stdout.split() == ["512", "512", "512"]

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from bounds import BOUND_S
 from fakeclient import FakeClient
 from helpers import free_port, running_listener, until, write_config
 
@@ -18,7 +19,6 @@ from qubes_fwd_qrexec.system.ingress import Sides, ingress, interface_group, not
 
 PROBLEM = netns.why_unavailable()
 needs_namespaces = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
-BOUND_S = 30.0
 LOOPBACK = ["127.0.0.1", "::1"]
 
 

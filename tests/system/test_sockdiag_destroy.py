@@ -10,13 +10,13 @@ from contextlib import ExitStack
 from ipaddress import ip_address
 
 import pytest
+from bounds import BOUND_S
 from spaces import Spaces, needs_namespaces
 
 from qubes_fwd_qrexec.common.values import IPAddress
 from qubes_fwd_qrexec.system.sockdiag import SocketsError, destroy
 
 pytestmark = needs_namespaces
-BOUND_S = 60.0
 CLIENTS = ("192.0.2.9", "192.0.2.10", "fd77::9")
 SERVER = {4: "192.0.2.1", 6: "fd77::1"}
 ALL = range(1, 65536)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from bounds import BOUND_S
 from hypothesis import given
 from hypothesis import strategies as st
 from noted import MINE, OTHER_SOURCE, PORTS, SOURCE, Call, just_now, names, spoil_mode
@@ -21,7 +22,6 @@ from qubes_fwd_qrexec.common.allowance import Calls
 from qubes_fwd_qrexec.common.values import TargetPorts
 from qubes_fwd_qrexec.target.callnotes import Kind, Note, RevocationError, left_note, living
 
-BOUND_S = 60.0
 numbers = st.integers(0, 10**12)
 ports = st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(lambda p: TargetPorts(min(p), max(p)))
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from bounds import BOUND_S
 from helpers import free_port
 from noted import MINE, just_now
 
@@ -41,7 +42,6 @@ from qubes_fwd_qrexec.target.statusservice import (
 
 # linux/in.h: an address that this machine does not have may be bound, too.
 IP_FREEBIND = 15
-BOUND_S = 60.0
 NOWHERE = Path("/nonexistent")
 REPORT = ListenerReport(since=1, forwards=())
 

@@ -178,7 +178,7 @@ def test_closing_waits_for_a_change_that_has_begun(running: Running, lab: LabDir
         return Done((), (), is_well=True)
 
     running.manager.board.change(change, done.append, done.append)
-    assert begun.wait(10)
+    assert begun.wait(BOUND_S)
     running.widget.close()
     until(lambda: running.ends)
     assert done == [True]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from bounds import BOUND_S
 from faulty import Faulty, allowed, is_held
 from worlds import ADD, Command, Result
 
@@ -207,7 +208,7 @@ def test_the_process_closes_everything_though_the_window_is_gone(open_lab: LabDi
 
 def test_the_process_closes_everything_and_says_what_it_does(open_lab: LabDirectory) -> None:
     lab = str(open_lab.root)
-    process = subprocess.run(panic.command(lab), capture_output=True, timeout=60)
+    process = subprocess.run(panic.command(lab), capture_output=True, timeout=BOUND_S)
     reading = Reading(lab)
     reading.reported(process.stdout)
     assert reading.ended(process.returncode).is_closed
@@ -220,7 +221,7 @@ def test_the_process_takes_no_module_from_where_the_window_was_started(
 ) -> None:
     (tmp_path / "json.py").write_text("raise SystemExit('not ours')")
     monkeypatch.chdir(tmp_path)
-    process = subprocess.run(panic.command(str(open_lab.root)), capture_output=True, timeout=60)
+    process = subprocess.run(panic.command(str(open_lab.root)), capture_output=True, timeout=BOUND_S)
     assert (process.returncode, b"not ours" in process.stderr) == (0, False)
 
 

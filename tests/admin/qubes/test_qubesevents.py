@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from bounds import BOUND_S
 
 from qubes_fwd_qrexec.admin.qubes.events import QubesChanges
 from qubes_fwd_qrexec.admin.qubes.store import QubesStore
@@ -23,7 +24,6 @@ from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.system.inotify import Inotify
 
 ESTABLISHED = ("", "connection-established")
-BOUND_S = 30.0  # of each wait
 Handler = Callable[..., None]
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import pytest
+from bounds import BOUND_S
 from fake_admin import Called, FakeApp, FakeQubes, empty_answer, install
 from fake_policy import FakePolicyClient
 from fake_process import FakeProcess
@@ -25,7 +26,6 @@ from qubes_fwd_qrexec.lab.qube import QubeState
 
 WORK = QubeName("work")
 SERVICE = REVOKE_SERVICE
-BOUND_S = 60.0
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_calls_of_several_threads_are_awaited_at_once_and_share_no_app(
     store: QubesStore, dom0: FakeQubes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """qubesadmin's objects are not made for threads."""
-    awaited = Barrier(4, timeout=30)
+    awaited = Barrier(4, timeout=BOUND_S)
     real_wait = FakeProcess.wait
     real_app = sys.modules["qubesadmin"].Qubes
     opened = []

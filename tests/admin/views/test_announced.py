@@ -8,14 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import pytest
+from bounds import BOUND_S
 from worlds import ADD, NOW, Command
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.hold import hold
 from qubes_fwd_qrexec.admin.views.announced import Announced
-
-BOUND_S = 60.0
 
 
 class Late:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from answered import REPORT
+from bounds import BOUND_S
 from worlds import NOW, OURS, only, qube, rule, world
 
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError, waiting
@@ -324,7 +325,7 @@ def test_what_goes_on_has_words(left: GoesOn, text: str) -> None:
 
 
 def test_all_qubes_are_asked_at_once() -> None:
-    together = Barrier(3, timeout=30)
+    together = Barrier(3, timeout=BOUND_S)
 
     class Slow:
         def ask(self, qube: QubeName, *_: object, **__: object) -> bytes:

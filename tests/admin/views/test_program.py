@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bounds import BOUND_S
 from fake_admin import FakeQubes
 from worlds import ADD
 
@@ -18,7 +19,6 @@ from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 ROOT = Path(__file__).parents[3]
-BOUND_S = 60.0
 
 
 def test_without_a_lab_it_says_what_to_do(tmp_path: Path) -> None:

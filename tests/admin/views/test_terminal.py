@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from bounds import BOUND_S
 from worlds import Command
 
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 ROOT = Path(__file__).parents[3]
-BOUND_S = 60.0
 RULES = (
     (
         *("work", "80:8080", "--from", "192.168.0.0/16,10.0.0.0/8"),
