@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A forward by nft along a path of qubes: its limits, and what it counts."""
 
+import time
+
 import pytest
+from bounds import BOUND_S
 from test_path import ANSWERED, EXPOSED, INTERNAL, KEY, OTHER, PROTOS, both, families, path, put
 from wired import FIREWALL, LAN, NET, PROBLEM, WORK, Addresses, Wired
 
@@ -35,8 +38,11 @@ def test_each_of_both_protocols_has_the_whole_limit(wired: Wired, at: Addresses)
 def test_new_connections_are_limited_by_the_second(wired: Wired, at: Addresses) -> None:
     wired.serve("udp", WORK, INTERNAL)
     put(wired, path("udp", limits="rate:1"))
-    found = {wired.send("udp", LAN, at.net, EXPOSED, at.lan) for _ in range(20)}
-    assert found == {ANSWERED, "dropped in sys-net"}
+    assert wired.send("udp", LAN, at.net, EXPOSED, at.lan) == ANSWERED
+    until_s = time.monotonic() + BOUND_S
+    while (found := wired.send("udp", LAN, at.net, EXPOSED, at.lan)) == ANSWERED:
+        assert time.monotonic() < until_s  # a busy machine may send less than one a second for a while
+    assert found == "dropped in sys-net"
 
 
 @families
