@@ -30,10 +30,9 @@ from .model.remedies import Act, Remedy
 from .model.worker import fault
 from .program import Start
 from .visibility import Visibility
-from .widgets import deliver, later
+from .widgets import deliver, introduce, later
 
 APP_ID = "org.qubesos.forwardmanager"
-_ICON = "qubes-forward-manager"
 
 
 class Manager:
@@ -211,9 +210,7 @@ class Program(Gtk.Application):
 
 def begin(start: Start) -> int:
     """Run the program until its window is closed or SIGTERM comes; returns the exit status."""
-    GLib.set_prgname(APP_ID)
-    Gdk.set_program_class(APP_ID)
-    Gtk.Window.set_default_icon_name(_ICON)
+    introduce(APP_ID)
     program = Program(start)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 from types import TracebackType
 
+from . import style
 from .dialogs.closing import Closing
 from .gtk import Gdk, Gio, GLib, Gtk
 from .indicator import NAME, Indicator
@@ -18,7 +19,7 @@ from .model.notices import Notice, Notifier
 from .model.words import _
 from .model.worker import fault
 from .program import Start
-from .widgets import deliver, later
+from .widgets import ICON, deliver, introduce, later
 
 APP_ID = "org.qubesos.forwardindicator"
 _SERVER, _SERVER_PATH = "org.freedesktop.Notifications", "/org/freedesktop/Notifications"
@@ -42,6 +43,7 @@ class Tray(Gtk.Application):
         # A dialog wants a window to belong to, shown or not.
         self._place = Gtk.Window()
         self._closing = Closing(self._lab)
+        style.apply(self._closing.widget)
         self.board = Board(self._open_backend, deliver, later)
         self.indicator = Indicator(
             self.board,
@@ -100,16 +102,18 @@ class Tray(Gtk.Application):
 def _notification(notice: Notice) -> Gio.Notification:
     made = Gio.Notification.new(notice.title)
     made.set_body(notice.body)
-    made.set_icon(Gio.ThemedIcon.new("qubes-forward-manager"))
+    made.set_icon(Gio.ThemedIcon.new(ICON))
     priority = Gio.NotificationPriority
     made.set_priority(priority.HIGH if notice.is_alarming else priority.NORMAL)
     made.set_default_action("app.show")
+    # xfce4-notifyd, dom0's, closes a notification that is clicked, and shows no action without a text.
+    made.add_button(_("Open the window"), "app.show")
     return made
 
 
 def begin(start: Start) -> int:
     """Run the program until it is left or SIGTERM comes; returns the exit status."""
-    GLib.set_prgname(APP_ID)
+    introduce(APP_ID)
     GLib.set_application_name(_("Qubes Port Forwards"))
     tray = Tray(start)
 

@@ -5,11 +5,19 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from .garbage import collect
-from .gtk import GLib, Gtk, Pango
+from .gtk import Gdk, GLib, Gtk, Pango
 
 W = TypeVar("W", bound=Gtk.Widget)
+ICON = "qubes-forward-manager"
 GAP = 6
 """Pixels between widgets that belong together; twice that at the edge of a window."""
+
+
+def introduce(app_id: str) -> None:
+    """Tell the desktop what program this is: the class and the icon of its windows."""
+    GLib.set_prgname(app_id)
+    Gdk.set_program_class(app_id)
+    Gtk.Window.set_default_icon_name(ICON)
 
 
 def named(widget: W, name: str, description: str = "") -> W:

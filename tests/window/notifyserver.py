@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A server of desktop notifications, which shows none: each is a line of JSON on stdout, and a line on stdin
-with its number clicks it.
+with its number and the name of an action takes that.
 """
 
 import json
@@ -64,7 +64,8 @@ def main() -> None:
             if not line:
                 loop.quit()
                 return False
-            values = GLib.Variant("(us)", (int(line), "default"))
+            number, action = line.split()
+            values = GLib.Variant("(us)", (int(number), action))
             place = "/org/freedesktop/Notifications", "org.freedesktop.Notifications"
             bus.emit_signal(None, *place, "ActionInvoked", values)
             return True

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from desktop import Desktop
@@ -21,10 +21,14 @@ from worlds import ADD, NOW, Command
 
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
+if TYPE_CHECKING:
+    from reader import Reader
+
 SERVER = Path(__file__).parent / "notifyserver.py"
 INDICATOR = "import sys; from qubes_fwd_qrexec.window import program; sys.exit(program.indicator())"
 PROGRAM = ["-P", "-c", INDICATOR]
 NAME = "qubes-forward-indicator"
+APP_ID = "org.qubesos.forwardindicator"
 Started = Callable[..., subprocess.Popen[bytes]]
 WindowOpens = Callable[[subprocess.Popen[bytes]], None]
 
@@ -51,9 +55,10 @@ class Notices:
         found: dict[str, Any] = json.loads(line)
         return found
 
-    def click(self, number: int) -> None:
+    def take(self, number: int, action: str) -> None:
+        """Do what one of them offers."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{number}\n".encode())
+        self.process.stdin.write(f"{number} {action}\n".encode())
 
     def close(self) -> None:
         self.process.communicate(timeout=BOUND_S)
@@ -216,7 +221,9 @@ def window_opens(desktop: Desktop) -> Iterator[WindowOpens]:
         os.close(process)
 
 
-def test_a_click_on_a_notice_opens_the_window(
+@pytest.mark.parametrize("text", ["", "Open the window"])
+def test_a_click_on_a_notice_or_its_button_opens_the_window(
+    text: str,
     start: Started,
     serve: Callable[[], Notices],
     forward: Command,
@@ -226,8 +233,9 @@ def test_a_click_on_a_notice_opens_the_window(
     process = start()
     forward("add", "personal", "81", "--from", "any")
     found = notices.next()
-    assert found["actions"][0] == "default"
-    notices.click(found["id"])
+    names, texts = found["actions"][::2], found["actions"][1::2]
+    assert names[0] == "default"
+    notices.take(found["id"], names[texts.index(text)])
     window_opens(process)
 
 
@@ -245,6 +253,18 @@ def test_a_click_on_the_icon_opens_the_window(
     process = start()
     click(desktop)
     window_opens(process)
+
+
+def test_the_menu_asks_before_it_closes_everything(
+    start: Started, desktop: Desktop, reader: "Reader"
+) -> None:
+    start()
+    search = ["search", "--onlyvisible", "--name", f"^{NAME}$"]
+    xdotool(desktop, *search, "mousemove", "--window", "%1", "8", "8", "click", "3")
+    reader.find("Close everything…", "menu item")
+    desktop.key("Down", "Down", "Return")
+    number = desktop.number("Close everything")
+    assert number in xdotool(desktop, "search", "--onlyvisible", "--class", f"^{APP_ID}$").split()
 
 
 def test_it_works_without_a_bus(

@@ -17,7 +17,15 @@ from qubes_fwd_qrexec.window.gtk import Gtk
 from qubes_fwd_qrexec.window.widgets import button, column, deliver, label, later, named, row, scrolled
 
 PROBE = "<b>&amp; <i>"
-# In a process of its own, as what it does is for the whole of a process.
+# In processes of their own, as what they do is for the whole of a process.
+_INTRODUCED = """\
+import debiangi
+assert debiangi.offer() is None
+from qubes_fwd_qrexec.window.gtk import Gdk, GLib, Gtk
+from qubes_fwd_qrexec.window.widgets import introduce
+introduce("org.example")
+print(GLib.get_prgname(), Gdk.get_program_class(), Gtk.Window.get_default_icon_name())
+"""
 _GARBAGE = """\
 import threading
 import debiangi
@@ -109,6 +117,11 @@ def test_the_style_follows_the_theme() -> None:
     assert colour() != light, "what was styled with it is not any more"
 
 
+def test_a_program_is_introduced_to_the_desktop() -> None:
+    done = in_a_process(_INTRODUCED)
+    assert done.stdout == "org.example org.example qubes-forward-manager\n"
+
+
 def test_what_another_thread_delivers_runs_in_the_main_one_and_once() -> None:
     found: list[int] = []
     thread = threading.Thread(target=lambda: deliver(lambda: found.append(threading.get_ident())))
@@ -145,11 +158,11 @@ def test_a_list_scrolls_itself() -> None:
     assert scrolled(view).get_child() is view
 
 
-def test_no_widget_is_destroyed_in_another_thread_than_the_main_one() -> None:
-    """Python looks for garbage wherever something is made."""
+def in_a_process(program: str) -> "subprocess.CompletedProcess[str]":
+    """Run a program that succeeds without a warning."""
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(
-        [sys.executable, "-c", _GARBAGE],
+        [sys.executable, "-c", program],
         env=environ,
         capture_output=True,
         text=True,
@@ -157,3 +170,9 @@ def test_no_widget_is_destroyed_in_another_thread_than_the_main_one() -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
+    return done
+
+
+def test_no_widget_is_destroyed_in_another_thread_than_the_main_one() -> None:
+    """Python looks for garbage wherever something is made."""
+    in_a_process(_GARBAGE)
