@@ -14,14 +14,16 @@ class Visibility:
         self._is_mapped = window.get_mapped()
         self._is_iconified = self._is_obscured = self._was_seen = False
         window.add_events(Gdk.EventMask.VISIBILITY_NOTIFY_MASK)
-        window.connect("map", lambda _: self._map(is_mapped=True))
-        window.connect("unmap", lambda _: self._map(is_mapped=False))
+        # The X server's own word: on another workspace, or rolled up, xfwm4 takes away what GTK has shown.
+        window.connect("map-event", lambda *_: self._map(is_mapped=True))
+        window.connect("unmap-event", lambda *_: self._map(is_mapped=False))
         window.connect("window-state-event", lambda _, event: self._state(event.new_window_state))
         window.connect("visibility-notify-event", lambda _, event: self._obscure(event.state))
 
-    def _map(self, *, is_mapped: bool) -> None:
+    def _map(self, *, is_mapped: bool) -> bool:
         self._is_mapped = is_mapped
         self._tell()
+        return False
 
     def _state(self, state: Gdk.WindowState) -> bool:
         self._is_iconified = bool(state & (Gdk.WindowState.ICONIFIED | Gdk.WindowState.WITHDRAWN))

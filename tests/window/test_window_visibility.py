@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Whether a window is seen, as X tells it."""
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 
 import pytest
+from bounds import BOUND_S
 from screen import settle, until
 
 from qubes_fwd_qrexec.window.gtk import Gdk, Gtk
@@ -30,6 +33,21 @@ def test_it_is_seen_while_it_is_mapped(window: Gtk.Window) -> None:
     window.hide()
     until(lambda: told == [True, False])
     window.show()
+    until(lambda: told == [True, False, True])
+
+
+def test_it_is_not_seen_on_another_workspace(window: Gtk.Window) -> None:
+    """A window manager takes it away there, without a word to the program. Here another program does so."""
+    if shutil.which("xdotool") is None:
+        pytest.skip("there is no xdotool (Debian: xdotool)")
+    told: list[bool] = []
+    Visibility(window, told.append)
+    window.show()
+    until(lambda: told == [True])
+    number = str(window.get_window().get_xid())
+    subprocess.run(["xdotool", "windowunmap", number], check=True, timeout=BOUND_S)
+    until(lambda: told == [True, False])
+    subprocess.run(["xdotool", "windowmap", number], check=True, timeout=BOUND_S)
     until(lambda: told == [True, False, True])
 
 
