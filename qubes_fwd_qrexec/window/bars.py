@@ -28,7 +28,7 @@ class SummaryBar:
     def __init__(self, show_asking: Callable[[], object]) -> None:
         self._sign = Text(wraps=False, is_selectable=False)
         self._text = Text(is_selectable=False)
-        self._button = button(_("S_how"), show_asking, tooltip=_("Show what waits for your word"))
+        self._button = button(_("S_how"), show_asking, tooltip=_("Show the forwards that need your decision"))
         self._button.set_no_show_all(True)
         self.widget = row(self._sign.widget, gap=2 * GAP)
         self.widget.pack_start(self._text.widget, True, True, 0)

@@ -34,7 +34,7 @@ class Buttons:
         # Translators: one hour more until the forward ends
         self._hour = button(_("+_1 h"), partial(self._extend, HOUR_S))
         self._spans = Gtk.MenuButton(popup=self._menu())
-        named(self._spans, _("Let it end later"))
+        named(self._spans, _("Extend it by…"))
         self._later = Gtk.Box()
         self._later.get_style_context().add_class(Gtk.STYLE_CLASS_LINKED)
         self._later.pack_start(self._hour, True, True, 0)

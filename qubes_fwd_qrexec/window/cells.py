@@ -65,7 +65,7 @@ def of_row(row: Row, group: QubeName, colours: Mapping[str, str]) -> Cells:
     is_to_all = row.is_anybody and row.is_live
     who = row.who
     if row.state is State.BROKEN:
-        who = _("{name}, which cannot be read").format(name=escaped(row.key[1]))
+        who = _("{name} (unreadable)").format(name=escaped(row.key[1]))
     return Cells(
         row.key,
         f"{sign} {row.mark}",

@@ -112,11 +112,9 @@ def who(client: Client) -> str:
 def words(client: Client) -> str:
     """What a listener says of one client."""
     report = client.report
-    text = _("{client} at {qube} ({proto}) since {since}, {sent} from it, {received} to it, quiet for {idle}")
+    text = _("{client} at {qube} ({proto}) since {since}, {sent} from it, {received} to it, idle for {idle}")
     if report.is_draining:
-        text = _(
-            "{client} at {qube} ({proto}) may finish; {sent} from it, {received} to it, quiet for {idle}"
-        )
+        text = _("{client} at {qube} ({proto}) may finish; {sent} from it, {received} to it, idle for {idle}")
     return text.format(
         client=who(client),
         qube=client.exposed,

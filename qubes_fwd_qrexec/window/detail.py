@@ -47,7 +47,7 @@ class Detail:
         self._more = Gtk.Expander.new_with_mnemonic(_("R_ule and policy"))
         self._more.add(self._rule.widget)
         named(self._rule.widget, _("Rule and policy"))
-        named(self._picture.widget, _("The way of the forward, drawn"))
+        named(self._picture.widget, _("Diagram of the forward"))
         self._content = column(
             row(self._icon, self._title.widget, self._state.widget, gap=2 * GAP),
             self._note.widget,
@@ -110,7 +110,7 @@ class Detail:
         if key != self._key:
             return
         self._about = found
-        self._nothing.show(_("Choose a forward to see all about it.") if found is None else "")
+        self._nothing.show(_("Choose a forward to see its details.") if found is None else "")
         self._content.set_visible(found is not None)
         if found is not None:
             self._content.set_sensitive(True)

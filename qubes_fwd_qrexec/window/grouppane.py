@@ -14,7 +14,7 @@ class GroupPane:
 
     def __init__(self, add: Callable[[], object], remove_all: Callable[[], object]) -> None:
         self._title, self._text = label(wraps=True, style="title"), label(wraps=True)
-        self._add = button(_("Add a _forward of this qube…"), add)
+        self._add = button(_("Add a _forward to this qube…"), add)
         self._remove = button(_("Re_move all…"), remove_all)
         self.buttons = (self._add, self._remove)
         for each in self.buttons:

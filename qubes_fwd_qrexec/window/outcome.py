@@ -41,12 +41,12 @@ class Outcome:
     def show(self, done: Done) -> None:
         """Show what a change did."""
         kind = Gtk.MessageType.INFO if done.is_well else Gtk.MessageType.WARNING
-        head = _("✓ Done.") if done.is_well else _("! Not all of it is well.")
+        head = _("✓ Done.") if done.is_well else _("! Not everything went well.")
         self._show(kind, head, (*done.warnings, *done.lines))
 
     def show_error(self, error: Exception) -> None:
         """Show why nothing was done."""
-        self._show(Gtk.MessageType.ERROR, _("✖ That was not done."), error_lines(error))
+        self._show(Gtk.MessageType.ERROR, _("✖ Not done."), error_lines(error))
 
     def hide(self) -> None:
         """Take it away."""

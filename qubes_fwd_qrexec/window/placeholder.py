@@ -29,7 +29,7 @@ class Placeholder:
         self.add = button(_("Add a _forward…"), add, style="suggested-action")
         self._buttons = {
             Lack.NO_RULES: self.add,
-            Lack.CANNOT_LOOK: button(_("_Look again"), look),
+            Lack.CANNOT_LOOK: button(_("Re_load"), look),
             Lack.NONE_FITS: button(_("Sh_ow all"), show_all),
         }
         self._spinner = Gtk.Spinner()
@@ -51,13 +51,13 @@ class Placeholder:
             return
         self._shown = lack, trouble
         title, words = {
-            Lack.NOT_LOOKED: (_("Looking at the qubes…"), ""),
+            Lack.NOT_LOOKED: (_("Reading the qubes…"), ""),
             Lack.CANNOT_LOOK: (_("What is open is unknown"), trouble),
             Lack.NO_RULES: (
                 _("Nothing on this machine can be reached"),
                 _("A forward lets others reach a server in one of your qubes."),
             ),
-            Lack.NONE_FITS: (_("No forward fits what is searched for"), ""),
+            Lack.NONE_FITS: (_("No forward matches the filter"), ""),
         }[lack]
         self._title.set_text(title)
         self._text.set_text(words)

@@ -95,7 +95,7 @@ class Stage:
 
     def fill(self, target: str = "work", ports: str = "80", sources: str = "10.0.0.0/8") -> None:
         self.entry("Qube").set_text(target)
-        self.entry("Port of its server").set_text(ports)
+        self.entry("Server port").set_text(ports)
         self.entry("Networks and qubes that may connect").set_text(sources)
 
 

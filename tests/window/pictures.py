@@ -113,7 +113,7 @@ def _add(user: "Reader", desktop: Desktop) -> None:
     _look(user, desktop)
     user.press("Add…", TITLE)
     user.write("Qube", "work", _EDITOR)
-    user.write("Port of its server", "8000", _EDITOR)
+    user.write("Server port", "8000", _EDITOR)
     user.choose("Anybody who can reach it", _EDITOR)
     user.reads("Connections to port 8000 of sys-net", _EDITOR)
     desktop.focus(_EDITOR)

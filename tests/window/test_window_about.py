@@ -155,7 +155,7 @@ def test_whom_the_qubes_do_not_tell_of_is_said(lab: LabDirectory, over: Command)
     make = answering(lab, over, *ADD)
     assert told(make(listening(REPORT), naming(ONE)), asks=True).figures[-1].endswith(" to clients")
     found = told(make(listening(REPORT), naming(ONE, left_out=3)), asks=True)
-    assert found.figures[-1] == "sys-net has 3 clients more than it tells."
+    assert found.figures[-1] == "sys-net has 3 more clients than it lists."
     silent = AnswerError("no")
     found = told(make(silent, silent), asks=True)
     assert found.figures[-1] == "Who is connected at sys-net is unknown: no answer."
@@ -171,7 +171,7 @@ def test_what_goes_on_of_a_closed_rule_is_said(lab: LabDirectory, over: Command)
 def test_by_nft_each_qube_of_the_path_says_how_it_stands(nft_lab: NftLab, over: Command) -> None:
     over(nft_lab, *ADD)
     assert told(nft_lab).hops == ()
-    assert told(nft_lab).figures[-1] == "No qube tells who is connected by nft."
+    assert told(nft_lab).figures[-1] == "No qube reports who is connected by nft."
     found = told(nft_lab, asks=True)
     assert (found.checks[-1].name, found.checks[-1].text) == ("in force", "at sys-net, sys-firewall, work")
     nft_lab.says["sys-firewall"] = forgets

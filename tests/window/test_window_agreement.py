@@ -42,7 +42,7 @@ def test_a_changed_netvm_shows_the_old_way_and_the_new_one(
         Turn("Netvms of work", "sys-firewall - sys-net", "sys-net"),
         Turn("Exposed at", "sys-firewall (vifs side)", "sys-net (vifs side)"),
         Turn("Who may connect", "10.137.0.0/16", "10.137.0.0/16"),
-        Turn("Way", "qrexec", "qrexec"),
+        Turn("Mode", "qrexec", "qrexec"),
     )
     assert [turn.is_same for turn in found.turns] == [True, False, False, True, True]
     assert found.opens == (

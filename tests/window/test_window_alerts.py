@@ -62,7 +62,7 @@ def test_a_hold_says_that_nothing_is_open_only_where_that_is_sure() -> None:
 def test_without_watch_it_says_what_starts_that(store: Backend) -> None:
     look = look_at(store, NOW)
     alert = only(look)
-    assert alert.text.startswith("Expiry and netvm changes act only at the next apply")
+    assert alert.text.startswith("Expiry and netvm changes take effect only at the next apply")
     assert alert.lines == (f"To start it: {look.watch_start}.",)
     assert alert.way is Way.APPLY
 
@@ -70,7 +70,7 @@ def test_without_watch_it_says_what_starts_that(store: Backend) -> None:
 def test_what_is_not_in_force_can_be_applied(forward: Command, store: Backend) -> None:
     forward(*ADD, "--no-apply")
     alert = only(look_at(store, NOW))
-    assert alert.text == "Not all that the rules ask for is in force."
+    assert alert.text == "Not everything that the rules ask for is in force."
     assert alert.lines[0].startswith("policy: from now on qubes.ForwardTCP")
     assert (alert.way, alert.is_bad) == (Way.APPLY, False)
 
@@ -85,7 +85,7 @@ def test_what_may_let_in_more_than_the_rules_is_bad(forward: Command, store: Bac
 
 def test_what_qubes_say_that_goes_on_is_bad_and_no_apply_ends_it(look: Look) -> None:
     alert = only(look, "work web should be closed")
-    assert alert.text == "Something goes on that no rule asks for."
+    assert alert.text == "Something is still going on that no rule asks for."
     assert alert.lines == ("work web should be closed",)
     assert (alert.way, alert.is_bad) == (None, True)
 
@@ -117,5 +117,5 @@ def test_what_could_not_be_read_is_named(look: Look) -> None:
         qubes[QubeName(name)] = qubes[QubeName(name)]._replace(problem=f"{name}: no answer")
     inventory = look.snapshot.inventory._replace(qubes=qubes)
     alert = only(replace(look, snapshot=look.snapshot._replace(inventory=inventory)))
-    assert alert.text == "2 things could not be read."
+    assert alert.text == "2 items could not be read."
     assert {*alert.lines} == {"work: no answer", "personal: no answer"}

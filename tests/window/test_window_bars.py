@@ -14,7 +14,7 @@ from qubes_fwd_qrexec.window.model.rows import Summary, Tone
 from qubes_fwd_qrexec.window.widgets import column
 
 HELD = Alert("held", "Everything is held.", (), Way.RESUME, "_Resume…")
-OLD = Alert("trouble", "It is old.", ("no <b>qubesd</b> & co",), Way.LOOK, "_Look again", is_bad=True)
+OLD = Alert("trouble", "It is old.", ("no <b>qubesd</b> & co",), Way.LOOK, "Re_load", is_bad=True)
 READ = Alert("read-only", "Nothing can be changed.")
 
 
@@ -54,7 +54,7 @@ def test_bars_come_in_the_order_of_the_alerts(shown: Bars) -> None:
     shown.bars.show([READ])
     shown.bars.show([OLD, HELD, READ])
     assert texts(shown.bars.widget) == [
-        *("It is old.", "no <b>qubesd</b> & co", "Look again"),
+        *("It is old.", "no <b>qubesd</b> & co", "Reload"),
         *("Everything is held.", "Resume…"),
         "Nothing can be changed.",
     ]

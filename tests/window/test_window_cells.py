@@ -67,7 +67,7 @@ def test_where_a_rule_goes_to_is_named_where_the_group_does_not() -> None:
 
 def test_a_rule_that_cannot_be_read_is_told_by_its_name() -> None:
     cells = of(row("odd\x1b", state=State.BROKEN, who=""))
-    assert cells.who == "odd\\x1b, which cannot be read"
+    assert cells.who == "odd\\x1b (unreadable)"
 
 
 def test_a_group_is_its_qube_with_its_way_out() -> None:

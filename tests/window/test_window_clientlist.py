@@ -90,7 +90,7 @@ def test_clients_are_shown_and_cut(listen: Callable[[int], Listening], heard: He
 def test_a_client_that_may_finish_is_said_to() -> None:
     client = Client(QubeName("sys-net"), replace(ONE, is_draining=True))
     assert client_words(client) == (
-        "192.168.0.5:50000 at sys-net (tcp) may finish; 999 from it, 1.5 KiB to it, quiet for 3 s"
+        "192.168.0.5:50000 at sys-net (tcp) may finish; 999 from it, 1.5 KiB to it, idle for 3 s"
     )
 
 

@@ -131,7 +131,7 @@ def test_everything_is_closed_and_each_step_is_shown(open_dialog: Open, open_lab
     until(lambda: shown.head == DONE)
     assert is_held(open_lab)
     assert "sys-net: stop listening for fwd.work.web" in shown.report
-    assert "writes dom0's policy" in shown.report[shown.report.index("What was done, in its order:") :]
+    assert "writes dom0's policy" in shown.report[shown.report.index("What was done, in order:") :]
     assert (shown.kind, shown.buttons) == ("info", ["Resume…", "Close"])
     shown.press("Resume…")
     assert (resumed, shown.dialog.get_visible()) == ([1], False)
@@ -273,7 +273,7 @@ def test_of_many_lines_the_last_ones_are_shown(open_dialog: Open) -> None:
     shown = open_dialog(script=f"for n in range({3 * LINES_MAX}): says(f'{{n}}\\n')\n{report_of(CLOSED, 0)}")
     shown.press("Close everything")
     until(lambda: shown.head == DONE)
-    said = shown.report[shown.report.index("What was done, in its order:") + 1 :]
+    said = shown.report[shown.report.index("What was done, in order:") + 1 :]
     assert said == [str(number) for number in range(2 * LINES_MAX, 3 * LINES_MAX)]
 
 

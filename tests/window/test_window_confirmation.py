@@ -213,8 +213,8 @@ def test_many_rules_of_several_qubes_are_one_question_and_some_are_counted(
     removal.open(None, keys)
     said = text(removal.widget)
     assert f"Remove these {SHOWN_MAX + 3} forwards?" in said
-    assert "personal bad: BROKEN. It opens nothing." in said
-    assert "work r0: CLOSED. It opens nothing." in said
+    assert "personal bad: BROKEN. It is not open." in said
+    assert "work r0: CLOSED. It is not open." in said
     assert "and 3 more" in said
     button(removal.widget, "Remove").clicked()
     until(lambda: told)
@@ -238,8 +238,8 @@ def test_what_should_be_closed_and_is_in_force_is_said_to_be_open(
     looked(board)
     removal.open(None, [KEY])
     said = text(removal.widget)
-    assert "work web: STILL OPEN. It should be closed, and is still in force." in said
-    assert "opens nothing" not in said
+    assert "work web: STILL OPEN. It should be closed but is still in force." in said
+    assert "is not open" not in said
 
 
 @pytest.mark.usefixtures("suspended")

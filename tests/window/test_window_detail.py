@@ -47,11 +47,11 @@ def pane(other_store: Callable[[], Backend], loop: MainLoop, heard: Heard) -> It
 
 
 def test_without_a_rule_it_says_what_to_do(pane: Pane) -> None:
-    assert pane.text == "Choose a forward to see all about it."
+    assert pane.text == "Choose a forward to see its details."
     looked(pane.board)
     pane.detail.show(KEY)
     assert pane.is_settled
-    assert pane.text == "Choose a forward to see all about it."
+    assert pane.text == "Choose a forward to see its details."
 
 
 def test_all_about_a_rule_is_shown(pane: Pane, forward: Command) -> None:
@@ -93,7 +93,7 @@ def test_it_follows_the_rule_and_shows_nothing_of_one_that_is_gone(pane: Pane, f
     assert "● " not in pane.text
     forward("remove", "work", "web")
     looked(pane.board)
-    until(lambda: pane.text == "Choose a forward to see all about it.")
+    until(lambda: pane.text == "Choose a forward to see its details.")
 
 
 def test_the_buttons_do_what_they_say(pane: Pane, forward: Command, heard: Heard) -> None:
@@ -155,7 +155,7 @@ def test_a_suspended_rule_can_be_confirmed_here_and_at_its_finding(
 ) -> None:
     forward(*ADD)
     lab.write_qube(replace(lab.qube("work"), netvm=QubeName("sys-net")))
-    pane.show(KEY, "● STILL OPEN", "It should be closed, and is still in force.")
+    pane.show(KEY, "● STILL OPEN", "It should be closed but is still in force.")
     forward("apply")
     pane.show(KEY, "▲ SUSPENDED", "✖ stops\npath\n")
     assert "It should be closed" not in pane.text
@@ -357,4 +357,4 @@ def test_it_can_be_walked_by_keyboard(pane: Pane, forward: Command) -> None:
             labels = of(focus, Gtk.Label)
             found.append(labels[0].get_text() if labels else focus.get_accessible().get_name())
         pane.window.child_focus(Gtk.DirectionType.TAB_FORWARD)
-    assert found[:6] == ["Edit…", "Disable", "+1 h", "Let it end later", "Diagnose…", "Remove…"]
+    assert found[:6] == ["Edit…", "Disable", "+1 h", "Extend it by…", "Diagnose…", "Remove…"]

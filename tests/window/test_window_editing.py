@@ -39,7 +39,7 @@ def edited(lab: LabDirectory, stage: Stage) -> Stage:
 
 
 def test_an_edit_changes_what_the_user_has_changed(edited: Stage, lab: LabDirectory) -> None:
-    until(lambda: edited.has("Nothing is changed yet."))
+    until(lambda: edited.has("Nothing has been changed yet."))
     assert not edited.button("Save").get_sensitive()
     edited.entry("Comment").set_text(PROBE)
     edited.ready("Save").clicked()
@@ -70,11 +70,11 @@ def test_a_rule_that_changes_meanwhile_is_shown_both_ways_and_the_fields_can_be_
     edited.ready("Save")
     lab.set_feature("work", "forward.web", f"{LINE} comment=theirs")
     edited.looked()
-    until(lambda: edited.has("This rule has been changed meanwhile."))
+    until(lambda: edited.has("This rule has been changed in the meantime."))
     assert edited.has("You saw: action=forward")
     assert edited.has("comment=theirs")
     assert not edited.button("Save").get_sensitive()
-    edited.button("Keep my fields").clicked()
+    edited.button("Keep what I entered").clicked()
     edited.ready("Save").clicked()
     until(lambda: edited.told)
     assert stored(lab).comment == "mine"
@@ -83,9 +83,9 @@ def test_a_rule_that_changes_meanwhile_is_shown_both_ways_and_the_fields_can_be_
 def test_a_rule_that_changes_meanwhile_can_be_taken_as_it_is(edited: Stage, lab: LabDirectory) -> None:
     lab.set_feature("work", "forward.web", f"{LINE} comment=theirs")
     edited.looked()
-    until(lambda: edited.has("This rule has been changed meanwhile."))
-    edited.button("Take what is stored now").clicked()
-    until(lambda: edited.has("Nothing is changed yet."))
+    until(lambda: edited.has("This rule has been changed in the meantime."))
+    edited.button("Use what is stored now").clicked()
+    until(lambda: edited.has("Nothing has been changed yet."))
     assert edited.entry("Comment").get_text() == "theirs"
 
 
@@ -99,8 +99,8 @@ def test_a_change_of_which_no_look_knows_yet_is_not_overwritten(edited: Stage, l
     assert edited.has(f"You saw: {ForwardRule.parse(LINE)}")
     assert (edited.is_open, edited.told, stored(lab).comment) == (True, [], PROBE)
     assert edited.dialog.get_focus() is edited.button("Cancel")
-    until(lambda: edited.has("This rule has been changed meanwhile."))
-    assert edited.button("Keep my fields").get_sensitive()
+    until(lambda: edited.has("This rule has been changed in the meantime."))
+    assert edited.button("Keep what I entered").get_sensitive()
 
 
 def test_netvms_that_change_unseen_open_nothing(stage: Stage, lab: LabDirectory) -> None:

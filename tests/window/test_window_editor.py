@@ -45,7 +45,7 @@ def edited(lab: LabDirectory, stage: Stage) -> Stage:
 
 def test_a_forward_is_added_as_it_was_shown(stage: Stage, lab: LabDirectory) -> None:
     stage.add()
-    assert stage.has("Something is still to be filled in.") or not stage.button("Open").get_sensitive()
+    assert stage.has("Something still has to be filled in.") or not stage.button("Open").get_sensitive()
     stage.fill()
     stage.ready("Open")
     assert stage.has("Connections to port 80 of sys-net (outer side) from 10.0.0.0/8 reach port 80 of work.")
@@ -86,8 +86,8 @@ def test_what_is_opened_to_anybody_is_chosen_and_named(stage: Stage, lab: LabDir
 def test_a_fault_is_shown_at_its_field_until_it_is_mended(stage: Stage) -> None:
     stage.add()
     stage.fill(ports=PROBE, sources=PROBE)
-    until(lambda: stage.has("To be mended:"))
-    port = stage.entry("Port of its server")
+    until(lambda: stage.has("To be corrected:"))
+    port = stage.entry("Server port")
     assert stage.has(f"{PROBE!a} is not a port or range of ports")
     assert port.get_style_context().has_class("invalid_entry")
     assert f"{PROBE!a}" in port.get_accessible().get_description()
@@ -122,7 +122,7 @@ def test_a_tunnel_is_not_bypassed_but_the_forward_exposed_at_it(hidden: Stage, l
 
 
 def test_a_tunnel_is_bypassed_by_a_tick_of_its_own(hidden: Stage, lab: LabDirectory) -> None:
-    tick = find(hidden.dialog, Gtk.CheckButton, "Go round the tunnel, I accept")
+    tick = find(hidden.dialog, Gtk.CheckButton, "Bypass the tunnel, I accept the risk")
     settle()
     assert tick.get_mapped()
     tick.set_active(True)
@@ -305,7 +305,7 @@ def test_before_the_first_look_it_says_so(other_store: Callable[[], Backend]) ->
     stage.add()
     assert stage.has("The qubes have not been read yet.")
     stage.looked()
-    until(lambda: stage.has("Something is still to be filled in."))
+    until(lambda: stage.has("Something still has to be filled in."))
     stage.dialog.destroy()
     stage.looked()
     board.close()
@@ -314,7 +314,7 @@ def test_before_the_first_look_it_says_so(other_store: Callable[[], Backend]) ->
 def test_each_control_has_a_name_and_a_letter_of_its_own(stage: Stage) -> None:
     stage.add()
     find(stage.dialog, Gtk.Expander, "Further options").set_expanded(True)
-    stage.radio("Its netvm, for other qubes alone").set_active(True)
+    stage.radio("Its netvm, only for other qubes").set_active(True)
     settle()
     controls = [w for w in walk(stage.dialog) if isinstance(w, FOCUSABLE) and w.get_mapped()]
     assert len(controls) > 40

@@ -74,9 +74,9 @@ def test_a_new_form_lets_in_nobody_and_ends_in_an_hour(shown: Shown) -> None:
 
 def test_what_is_typed_is_in_the_draft(shown: Shown) -> None:
     shown.entry("Qube").set_text("work")
-    shown.entry("Port of its server").set_text("80-90")
+    shown.entry("Server port").set_text("80-90")
     shown.choice("Protocol").set_active_id("both")
-    shown.entry("Port there").set_text("8080-8090")
+    shown.entry("Exposed port").set_text("8080-8090")
     shown.entry("Networks and qubes that may connect").set_text("10.0.0.0/8")
     shown.radio("8 hours").set_active(True)
     shown.entry("Comment").set_text(PROBE)
@@ -94,12 +94,12 @@ def test_what_is_typed_is_in_the_draft(shown: Shown) -> None:
 
 def test_further_options_are_in_the_draft(shown: Shown) -> None:
     shown.entry("Name of the rule").set_text("web")
-    shown.choice("How it travels").set_active_id("qrexec")
+    shown.choice("Mode").set_active_id("qrexec")
     shown.choice("Transport over qrexec").set_active_id("mux")
     shown.choice("PROXY header").set_active_id("v2")
     shown.entry("Limits").set_text("rate:5")
-    shown.entry("Listen at this address alone").set_text("10.0.0.1")
-    shown.choice("Open connections at the end").set_active_id("drain")
+    shown.entry("Listen only on this address").set_text("10.0.0.1")
+    shown.choice("Open connections on expiry").set_active_id("drain")
     shown.check("Let connections start the qube").set_active(True)
     shown.check("Stay open when a netvm changes").set_active(True)
     assert shown.draft == Draft(
@@ -125,7 +125,7 @@ def test_a_stored_rule_is_shown_as_it_is(shown: Shown, named: NamedRule) -> None
 
 def test_to_type_a_qube_or_a_time_chooses_that_it_counts(shown: Shown) -> None:
     shown.entry("The other qube").set_text("sys-vpn")
-    shown.check("For qubes behind it alone").set_active(True)
+    shown.check("Only for qubes behind it").set_active(True)
     shown.entry("Until").set_text("18:00")
     assert shown.draft == Draft(
         where=Where.OTHER, via="sys-vpn", is_inside=True, ends=Ends.UNTIL, until="18:00"
@@ -165,7 +165,7 @@ def test_qubes_are_let_in_where_a_forward_is_for_qubes(shown: Shown) -> None:
     shown.form.fit(inventory, NOW)
     let_in = find(shown.window, Gtk.Button, "Let in")
     assert not let_in.get_mapped()
-    shown.radio("Its netvm, for other qubes alone").set_active(True)
+    shown.radio("Its netvm, only for other qubes").set_active(True)
     settle()
     assert let_in.get_mapped()
     for name in (" personal ", "@tag:team", ""):
@@ -211,7 +211,7 @@ def test_each_place_says_which_qube_it_is(shown: Shown) -> None:
     shown.form.fit(world(qube("has_lines", "net_vm"), qube("net_vm", provides_network=True)), NOW)
     shown.entry("Qube").set_text("work")
     assert shown.radio("The outermost qube of its network: sys-net")
-    assert shown.radio("Its netvm, for other qubes alone: sys-firewall")
+    assert shown.radio("Its netvm, only for other qubes: sys-firewall")
     shown.entry("Qube").set_text("has_lines")
     assert shown.radio("The outermost qube of its network: net_vm")
     shown.entry("Qube").set_text("no such qube")
@@ -232,7 +232,7 @@ def test_an_edit_shows_the_qube_and_no_name_to_be_changed(shown: Shown) -> None:
 
 
 def test_what_is_wrong_is_said_in_words_at_its_field(shown: Shown) -> None:
-    port = shown.entry("Port of its server")
+    port = shown.entry("Server port")
     wrong = Judgement(Draft(), "", "", faults={"dstports": PROBE})
     shown.form.mark(wrong)
     assert PROBE in texts(shown.window)
@@ -249,7 +249,7 @@ def test_what_is_wrong_is_said_in_words_at_its_field(shown: Shown) -> None:
 def test_what_is_wrong_may_quote_a_whole_file_that_was_pasted_and_only_its_beginning_is_laid_out(
     shown: Shown,
 ) -> None:
-    port = shown.entry("Port of its server")
+    port = shown.entry("Server port")
     shown.form.mark(Judgement(Draft(), "", "", faults={"dstports": "x" * 5000}))
     (words,) = [text for text in texts(shown.window) if text.startswith("xxx")]
     assert words == port.get_accessible().get_description() == f"{'x' * (TEXT_MAX - 3)}..."
@@ -278,7 +278,7 @@ def test_further_options_are_open_where_they_matter(shown: Shown) -> None:
 
 
 def test_whether_a_tunnel_may_be_bypassed_is_asked_where_there_is_one(shown: Shown) -> None:
-    bypass = shown.check("Go round the tunnel, I accept")
+    bypass = shown.check("Bypass the tunnel, I accept the risk")
     settle()
     assert not bypass.get_mapped()
     shown.form.mark(Judgement(Draft(), "", "", forward=Forward(rule(), (Finding(Cause.TUNNEL),))))
@@ -316,9 +316,9 @@ def test_a_reader_of_the_screen_comes_to_the_fields_in_their_order(shown: Shown)
     read(shown.form.widget.get_accessible())
     fields = [
         "Qube",
-        "Port of its server",
+        "Server port",
         "Reachable at",
-        "Port there",
+        "Exposed port",
         "Who may connect",
         "How long",
         "Comment",

@@ -39,10 +39,10 @@ def test_while_the_system_cannot_be_read_it_says_so_and_what_was_before(seen: Lo
     icon, text = indication(seen, "<b>qubesd\x1b is gone")
     assert icon == "qubes-forward-unknown"
     assert text.splitlines() == [
-        r"What is open now is not known: <b>qubesd\x1b is gone",
-        f"Before that: {summary(seen).text}",
+        r"What is open is unknown: <b>qubesd\x1b is gone",
+        f"Last known: {summary(seen).text}",
     ]
-    assert indication(None, "no") == (icon, "What is open now is not known: no")
+    assert indication(None, "no") == (icon, "What is open is unknown: no")
 
 
 def test_a_long_error_is_cut() -> None:

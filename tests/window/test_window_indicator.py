@@ -74,7 +74,7 @@ def test_a_system_that_cannot_be_read_is_not_one_where_nothing_is_open(case: Cas
     until(lambda: case.board.trouble)
     assert case.shown == (
         "qubes-forward-unknown",
-        "What is open now is not known: <b>&amp; qubesd is away",
+        "What is open is unknown: <b>&amp; qubesd is away",
     )
     case.fails = None
     looked(case.board)

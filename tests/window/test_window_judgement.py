@@ -70,7 +70,7 @@ def test_an_edit_is_stored_by_what_differs() -> None:
 
 def test_an_edit_that_changes_nothing_is_not_stored() -> None:
     found = judged(Draft.of(STORED), STORED)
-    assert (found.is_fine, found.headline) == (False, "Nothing is changed yet.")
+    assert (found.is_fine, found.headline) == (False, "Nothing has been changed yet.")
     assert not judged(replace(Draft.of(STORED), ports="80-80"), STORED).is_fine
 
 
@@ -85,13 +85,13 @@ OVER = rule(f"expire={NOW - 60} mode=qrexec")
         (replace(DRAFT, is_anybody=True), "_Open to anybody", OPENS),
         (EDIT, "_Save", OPENS),
         (replace(EDIT, is_anybody=True), "_Save: open to anybody", OPENS),
-        (replace(Draft.of(ASLEEP), comment="x"), "_Save", "This stays closed, as it is disabled:"),
-        (replace(Draft.of(OVER), comment="x"), "_Save", "This stays closed, as its time is over:"),
+        (replace(Draft.of(ASLEEP), comment="x"), "_Save", "This stays closed, because it is disabled:"),
+        (replace(Draft.of(OVER), comment="x"), "_Save", "This stays closed, because it has expired:"),
         (replace(Draft.of(OVER), ends=Ends.HOURS_8), "_Save: open to anybody", OPENS),
         (
             replace(DRAFT, is_anybody=True, ports=""),
             "_Open to anybody",
-            "Something is still to be filled in.",
+            "Something still has to be filled in.",
         ),
         (replace(DRAFT, is_anybody=True, target="vault"), "_Open to anybody", REFUSED),
         (replace(DRAFT, target="asleep"), "_Open", "This opens, and waits for a qube:"),
@@ -120,7 +120,7 @@ def test_what_is_held_is_saved_and_opens_later() -> None:
     held = held._replace(installed=held.installed._replace(text=policy.hold_text(NOW)))
     found = judge(replace(DRAFT, is_anybody=True), held, NOW)
     assert (found.is_fine, found.button) == (True, "_Save: open to anybody")
-    assert found.headline == "This stays closed, as everything is held:"
+    assert found.headline == "This stays closed, because everything is held:"
 
 
 @pytest.mark.parametrize(
@@ -166,15 +166,15 @@ FAULTS = [
     (replace(DRAFT, sources="<b>&"), {"srchosts": "'<b>&' is not"}, []),
     (replace(DRAFT, exposed_ports="0", ports="80"), {"srcports": "'0' is not"}, []),
     (replace(DRAFT, exposed_ports="80-81"), {"srcports": "same number", "dstports": "same number"}, []),
-    (replace(DRAFT, sources="any"), {"srchosts": "only if you choose that"}, []),
+    (replace(DRAFT, sources="any"), {"srchosts": "To let in everybody, choose"}, []),
     (replace(DRAFT, sources="0.0.0.0/0"), {"srchosts": "lets in everybody"}, []),
-    (replace(DRAFT, sources="10.0.0.0/8 any"), {"srchosts": "only if you choose that"}, []),
+    (replace(DRAFT, sources="10.0.0.0/8 any"), {"srchosts": "To let in everybody, choose"}, []),
     (
         replace(DRAFT, ports="", ends=Ends.UNTIL, until="soon", limits="x"),
         {"expire": "'soon' is not a time", "limits": "a list of limits"},
         [],
     ),
-    (replace(DRAFT, ends=Ends.UNTIL, until="2001-01-31"), {"expire": "over already"}, []),
+    (replace(DRAFT, ends=Ends.UNTIL, until="2001-01-31"), {"expire": "already passed"}, []),
     (replace(DRAFT, name="web"), {"name": "a rule of that name"}, []),
     (replace(DRAFT, name="tunnel"), {"name": "marks a tunnel"}, []),
     (replace(INTERNAL, sources="persona"), {"srchosts": "did you mean 'personal'?"}, []),
@@ -182,7 +182,7 @@ FAULTS = [
     (
         replace(DRAFT, sources="personal"),
         {"srchosts": "lets in no qubes", "forwardtype": "lets in no qubes"},
-        ["Expose it to other qubes alone"],
+        ["Expose it only to other qubes"],
     ),
     (
         replace(DRAFT, mode="nft", proxy="v2"),
@@ -192,12 +192,12 @@ FAULTS = [
     (
         replace(DRAFT, mode="nft", transport="mux"),
         {"mode": "about qrexec", "transport": "about qrexec"},
-        ["Leave the transport open", "Send it over qrexec"],
+        ["Choose the transport automatically", "Send it over qrexec"],
     ),
     (
         replace(DRAFT, mode="nft", autostart=True),
         {"mode": "halted qube", "autostart": "halted qube"},
-        ["Send it over qrexec", "Let no connection start the qube"],
+        ["Send it over qrexec", "Do not let connections start the qube"],
     ),
     (
         replace(DRAFT, transport="call", proxy="v2"),
@@ -212,12 +212,12 @@ FAULTS = [
     (
         replace(DRAFT, proto="udp", transport="call"),
         {"proto": "single calls", "transport": "single calls"},
-        ["Leave the transport open"],
+        ["Choose the transport automatically"],
     ),
     (
         replace(DRAFT, listen="::1"),
         {"listen": "do not mix", "srchosts": "do not mix"},
-        ["Listen at every address"],
+        ["Listen on every address"],
     ),
 ]
 
@@ -261,20 +261,20 @@ REFUSALS = [
         replace(DRAFT, target="personal", transport="mux"),
         Cause.NO_SERVICE,
         "transport",
-        ["Leave the transport open"],
+        ["Choose the transport automatically"],
     ),
     (replace(DRAFT, target="personal", proxy="v2"), Cause.NO_SERVICE, "proxy", ["Send no PROXY header"]),
     (
         replace(DRAFT, where=Where.OTHER, via="vault", mode="nft"),
         Cause.NO_IP_PATH,
         "via",
-        ["Expose it at a netvm of its own", "Send it over qrexec"],
+        ["Expose it at one of its own netvms", "Send it over qrexec"],
     ),
     (
         replace(DRAFT, ports="80", exposed_ports="8000"),
         Cause.CONFLICT,
         "srcports",
-        ["Take another exposed port…", "Copy “qvm-forward disable personal web”"],
+        ["Use another exposed port…", "Copy “qvm-forward disable personal web”"],
     ),
     (
         replace(INTERNAL, sources="hidden"),
@@ -286,7 +286,7 @@ REFUSALS = [
         replace(DRAFT, ports="1000-1300", transport="call"),
         Cause.TOO_LARGE,
         "dstports",
-        ["Take another exposed port…"],
+        ["Use another exposed port…"],
     ),
 ]
 
@@ -323,17 +323,17 @@ def test_what_mends_a_refusal_does() -> None:
 def test_a_rule_that_was_changed_meanwhile_is_shown_as_it_was_and_is() -> None:
     other = STORED._replace(rule=replace(STORED.rule, comment="<b>&"))
     found = judged(EDIT, other)
-    assert (found.headline, found.is_fine) == ("This rule has been changed meanwhile.", False)
+    assert (found.headline, found.is_fine) == ("This rule has been changed in the meantime.", False)
     assert found.lines == (f"You saw: {STORED.rule}", f"It is now: {other.rule}")
     take, keep = found.mends
-    assert (take.label, take.draft) == ("Take what is stored now", Draft.of(other))
-    assert (keep.label, keep.draft) == ("Keep my fields", EDIT.rebased(other))
+    assert (take.label, take.draft) == ("Use what is stored now", Draft.of(other))
+    assert (keep.label, keep.draft) == ("Keep what I entered", EDIT.rebased(other))
     assert judged(EDIT.rebased(other), other).is_fine
 
 
 def test_a_rule_that_was_removed_meanwhile_can_be_made_anew() -> None:
     found = judged(EDIT)
-    assert found.headline == "This rule has been removed meanwhile."
+    assert found.headline == "This rule has been removed in the meantime."
     (make,) = found.mends
     assert make.draft is not None
     anew = judged(make.draft)

@@ -80,7 +80,7 @@ def shown(other_store: Callable[[], Backend], clock: list[float]) -> Iterator[Sh
 
 
 def test_until_the_first_look_it_says_that_it_looks(shown: Shown) -> None:
-    assert "Looking at the qubes…" in texts(shown.widget)
+    assert "Reading the qubes…" in texts(shown.widget)
     assert [*inside(shown.widget, Gtk.TreeView)] == []
     (spinner,) = inside(shown.widget, Gtk.Spinner)
     assert spinner.props.active
@@ -96,7 +96,7 @@ def test_where_nothing_can_be_read_it_says_why_and_looks_again(clock: list[float
     assert "What is open is unknown" in found
     assert "<b>qubesd</b> is gone" in found
     assert pressable(shown.widget, "Close everything…").get_sensitive()
-    pressable(shown.widget, "Look again").clicked()
+    pressable(shown.widget, "Reload").clicked()
     shown.board.close()
     shown.widget.destroy()
     settle()
@@ -126,8 +126,8 @@ def test_what_is_chosen_is_told_in_detail(shown: Shown, forward: Command) -> Non
     shown.select(0, 0)
     until(lambda: "work web" in texts(shown.widget))
     shown.select(0)
-    assert "Add a forward of this qube…" in texts(shown.widget)
-    pressable(shown.widget, "Add a forward of this qube…").clicked()
+    assert "Add a forward to this qube…" in texts(shown.widget)
+    pressable(shown.widget, "Add a forward to this qube…").clicked()
     assert shown.asked.calls == [("add", "work")]
 
 
@@ -136,7 +136,7 @@ def test_enter_goes_to_what_stands_beside_and_changes_nothing(shown: Shown, forw
     shown.look()
     shown.select(0)
     press(shown.view, Gdk.KEY_Return)
-    assert shown.widget.get_focus() is pressable(shown.widget, "Add a forward of this qube…")
+    assert shown.widget.get_focus() is pressable(shown.widget, "Add a forward to this qube…")
     assert shown.asked.calls == []
 
 
@@ -186,7 +186,7 @@ def test_a_search_that_finds_nothing_says_so_and_escape_ends_it(shown: Shown, fo
     shown.look()
     (search,) = inside(shown.widget, Gtk.SearchEntry)
     search.set_text("nowhere")
-    until(lambda: "No forward fits what is searched for" in texts(shown.widget))
+    until(lambda: "No forward matches the filter" in texts(shown.widget))
     press(search, Gdk.KEY_Escape)
     assert search.get_text() == ""
     assert shown.rows() == ["work", "● OPEN"]
@@ -198,7 +198,7 @@ def test_a_rule_that_is_to_be_shown_is_found_whatever_the_filters_are(shown: Sho
     shown.look()
     (search,) = inside(shown.widget, Gtk.SearchEntry)
     search.set_text("nowhere")
-    until(lambda: "No forward fits what is searched for" in texts(shown.widget))
+    until(lambda: "No forward matches the filter" in texts(shown.widget))
     shown.window.choose(WEB)
     until(lambda: [*inside(shown.widget, Gtk.TreeView)])
     until(lambda: shown.view.get_selection().get_selected()[1] is not None)
@@ -213,7 +213,7 @@ def test_the_menu_of_a_rule_has_what_can_be_done_with_it(shown: Shown, forward: 
     shown.view.emit("popup-menu")
     menu = Gtk.Menu.get_for_attach_widget(shown.view)[-1]
     assert [item.get_label() for item in menu.get_children()] == [
-        *("_Edit…", "_Disable", "End all c_onnections…", "Dia_gnose", "_Remove…")
+        *("_Edit…", "_Disable", "Cu_t all connections…", "Dia_gnose", "_Remove…")
     ]
     for item in menu.get_children():
         item.activate()
@@ -317,6 +317,6 @@ def test_while_nothing_fits_what_is_searched_for_the_focus_stays_there(
     (search,) = inside(shown.widget, Gtk.SearchEntry)
     search.grab_focus()
     search.set_text("nobody")
-    until(lambda: "No forward fits what is searched for" in texts(shown.widget))
+    until(lambda: "No forward matches the filter" in texts(shown.widget))
     settle()
     assert search.is_focus()

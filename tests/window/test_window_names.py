@@ -65,7 +65,7 @@ def test_every_control_of_every_dialog_has_a_name(full: None, window: "Window", 
         user.press("Cancel", title)
         user.until_gone(title)
     set_netvm(lab, "sys-net")
-    user.reads("1 forward waits for your word", TITLE)
+    user.reads("1 forward needs your decision", TITLE)
     user.press("Confirm…", TITLE)
     user.find("Cancel", window="Confirm a forward")
     assert user.nameless() == []
@@ -83,7 +83,7 @@ def test_what_is_stored_and_said_is_shown_letter_by_letter(full: None, window: "
     user.select("BROKEN", TITLE)
     user.reads(BROKEN, TITLE)
     user.press("Add…", TITLE)
-    user.write("Port of its server", PROBE, "Add a forward")
+    user.write("Server port", PROBE, "Add a forward")
     user.until(lambda: said(user, "Add a forward"), "the error says what was typed")
 
 

@@ -99,9 +99,7 @@ def test_what_waits_is_told_when_it_is_made_and_when_it_opens() -> None:
 
 def test_what_has_ended_is_told() -> None:
     named = rule(f"expire={NOW + 1}")
-    assert texts(look(named), look(named, now=NOW + 2)) == [
-        ("work web has ended", "Its time is over.", False)
-    ]
+    assert texts(look(named), look(named, now=NOW + 2)) == [("work web has ended", "It has expired.", False)]
 
 
 def test_what_is_suspended_is_told_with_the_netvms() -> None:
@@ -162,7 +160,7 @@ def test_a_hold_is_told_once_and_what_opens_after_it() -> None:
     assert texts(is_open, held) == [
         (
             "Everything is held",
-            "Nothing opens any more until you resume. The rules are kept as they are.",
+            "Nothing opens until you resume. The rules are kept as they are.",
             False,
         )
     ]
@@ -229,7 +227,7 @@ def test_what_should_be_closed_and_stays_in_force_is_told() -> None:
     assert texts(look(named), still) == [
         (
             "work web is still open",
-            "It should be closed, and is still in force. The netvms of work were sys-firewall - sys-net when "
+            "It should be closed but is still in force. The netvms of work were sys-firewall - sys-net when "
             "the rule was agreed to and are sys-net now.",
             True,
         )

@@ -38,7 +38,11 @@ def test_there_is_nothing_before_there_is_an_outcome(outcome: Outcome) -> None:
     ("done", "head", "look"),
     [
         (Done(("all",), (), is_well=True), f"✓ Done. ({AT})", Gtk.MessageType.INFO),
-        (Done(("all",), ("a",), is_well=False), f"! Not all of it is well. ({AT})", Gtk.MessageType.WARNING),
+        (
+            Done(("all",), ("a",), is_well=False),
+            f"! Not everything went well. ({AT})",
+            Gtk.MessageType.WARNING,
+        ),
     ],
 )
 def test_how_it_is_shows_by_words_and_not_by_colour_alone(
@@ -51,7 +55,7 @@ def test_how_it_is_shows_by_words_and_not_by_colour_alone(
 
 def test_an_error_is_shown_with_its_reason_and_no_text_is_markup(outcome: Outcome) -> None:
     outcome.show_error(RefusedError(f"{PROBE}\nmore"))
-    assert text(outcome.widget) == f"✖ That was not done. ({AT})\n{PROBE}\nmore"
+    assert text(outcome.widget) == f"✖ Not done. ({AT})\n{PROBE}\nmore"
     assert outcome.widget.get_message_type() is Gtk.MessageType.ERROR
 
 

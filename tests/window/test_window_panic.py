@@ -79,7 +79,7 @@ def test_what_is_not_closed_comes_first_and_all_of_it_is_said() -> None:
         "Still open: sys-net does not answer: late",
     ]
     assert [line.text for line in report.lines[4:]] == [
-        "To close it whatever the qubes of its path do: qvm-prefs work netvm ''",
+        "To close it even if the qubes of its path do not answer: qvm-prefs work netvm ''",
         "To end these connections at once: qvm-shutdown work",
         "Note: this went on without the lock",
         "policy: no longer qubes.ForwardTCP +80 sys-net work allow",

@@ -227,7 +227,7 @@ def test_a_look_from_before_the_hold_does_not_close_it(
     case = Case(other_store)
     forward("panic")
     case.dialog.open(None)
-    assert "Looking at the system…" in case.text
+    assert "Reading the system…" in case.text
     until(lambda: "2 forwards open again." in case.text)
     case.later.pass_by()
     assert case.may_resume

@@ -187,7 +187,7 @@ def test_a_filter_shows_what_fits(wanted: Filter, names: list[str]) -> None:
     ("name", "roles"),
     [
         ("work", {"open": "target", "bad": "target"}),
-        ("sys-net", {"open": "exposed", "vpn": "netvm on the way out"}),
+        ("sys-net", {"open": "exposed", "vpn": "netvm of the target"}),
         ("sys-vpn", {"vpn": "exposed"}),
     ],
 )
@@ -198,7 +198,7 @@ def test_a_row_has_the_role_of_the_qube_that_was_asked_for(name: str, roles: dic
 
 def test_a_hop_of_a_forward_by_nft_sends_its_packets_on() -> None:
     shown = look(rule(f"{LAN} mode=nft"), inventory=nft_world())
-    assert only(shown, Filter(qube=QubeName("sys-firewall"))).role == "sends packets on"
+    assert only(shown, Filter(qube=QubeName("sys-firewall"))).role == "forwards packets"
     assert rows.qubes(shown) == ["sys-firewall", "sys-net", "work"]
 
 
@@ -228,12 +228,12 @@ IN_FORCE: list[tuple[str, str, tuple[str, State, bool, bool, str]]] = [
     (
         LAN,
         f"{LAN} enabled=no",
-        ("STILL OPEN", State.ACTIVE, True, False, "It should be closed, and is still in force."),
+        ("STILL OPEN", State.ACTIVE, True, False, "It should be closed but is still in force."),
     ),
     (
         "srchosts=any",
         f"{LAN} {MOVED}",
-        ("STILL OPEN", State.ACTIVE, True, True, "It should be closed, and is still in force."),
+        ("STILL OPEN", State.ACTIVE, True, True, "It should be closed but is still in force."),
     ),
     (f"{LAN} enabled=no", f"{LAN} enabled=no comment=x", ("CLOSED", State.DISABLED, False, False, "")),
 ]

@@ -299,7 +299,7 @@ def test_columns_that_say_nothing_are_not_there(shown: Shown) -> None:
     shown.list.show((group("work", row("web", ends=""), row("broken", ends="", way="")),))
     assert titles() == ["State", "From", "Reachable at", "Goes to"]
     shown.list.show((group("work", row("web", ends=""), row("nft", ends="", way="by nft")),))
-    assert titles() == ["State", "From", "Reachable at", "Goes to", "Way"]
+    assert titles() == ["State", "From", "Reachable at", "Goes to", "Mode"]
 
 
 def test_each_word_for_a_state_fits_its_column(shown: Shown) -> None:
@@ -337,9 +337,9 @@ def test_where_there_is_no_room_the_columns_go_that_say_least(shown: Shown) -> N
     columns = {column.get_title(): column.get_fixed_width() for column in shown.view.get_columns()}
     room = sum(columns.values())
     assert missing(room) == []
-    assert missing(room - 1) == ["Way"]
-    assert missing(room - columns["Way"] - 1) == ["Way", "Comment"]
-    assert missing(room - columns["Way"] - columns["Comment"] - 1) == ["Goes to", "Way", "Comment"]
+    assert missing(room - 1) == ["Mode"]
+    assert missing(room - columns["Mode"] - 1) == ["Mode", "Comment"]
+    assert missing(room - columns["Mode"] - columns["Comment"] - 1) == ["Goes to", "Mode", "Comment"]
     assert missing(room) == []
 
 

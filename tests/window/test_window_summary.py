@@ -30,12 +30,12 @@ SUMMARIES: list[tuple[tuple[NamedRule, ...], Inventory, Summary]] = [
     (
         (rule(f"{LAN} srcports=8000-8001"), rule(name="x"), ASKS),
         world(),
-        Summary("3 ports are open, 1 of them to anybody. 1 forward waits for your word.", Tone.ANYBODY, 1),
+        Summary("3 ports are open, 1 of them to anybody. 1 forward needs your decision.", Tone.ANYBODY, 1),
     ),
     (
         (ASKS, rule(f"{LAN} owner=office", name="clone")),
         world(),
-        Summary("Nothing is open. 2 forwards wait for your word.", Tone.CLOSED, 2),
+        Summary("Nothing is open. 2 forwards need your decision.", Tone.CLOSED, 2),
     ),
     (
         (rule(f"{LAN} srcports=80-81"),),
@@ -64,16 +64,16 @@ def test_that_a_target_is_halted_closes_no_port() -> None:
 
 
 def test_without_a_look_it_knows_nothing() -> None:
-    assert summary(None) == Summary("What is open is not known.", Tone.UNKNOWN, 0)
+    assert summary(None) == Summary("What is open is unknown.", Tone.UNKNOWN, 0)
 
 
 def test_that_all_is_held_is_said_and_nothing_is_open_then() -> None:
     assert summary(look(rule(LAN), ASKS, is_held=True)) == Summary(
-        "Everything is held. 1 forward waits for your word.", Tone.HELD, 1
+        "Everything is held. 1 forward needs your decision.", Tone.HELD, 1
     )
 
 
-OTHERWISE = "1 forward is in force as it was before, which may let in more."
+OTHERWISE = "1 forward is in force as it was before, and may let in more."
 IN_FORCE = [
     (
         (rule(f"{LAN} srcports=80-82"),),
@@ -154,7 +154,7 @@ def test_it_never_says_that_nothing_is_open_where_policy_alone_still_allows_call
 
 
 def test_it_never_says_that_nothing_is_open_where_the_last_look_failed() -> None:
-    said = "What is open is not known. Before that: Nothing is open."
+    said = "What is open is unknown. Last known: Nothing is open."
     assert summary(look(), "qubesd is gone") == Summary(said, Tone.UNKNOWN, 0)
 
 

@@ -139,7 +139,7 @@ class Closing:
             _("Close everything?"),
             _(
                 "All forwards of this machine are closed at once, and their connections end. The rules are "
-                "kept as they are: Resume opens again what they ask for."
+                "kept as they are: Resume reopens what they ask for."
             ),
         )
         self._report.widget.hide()
@@ -150,7 +150,7 @@ class Closing:
         self._show(
             Gtk.MessageType.INFO,
             _("Closing everything…"),
-            _("It goes on even if this window is closed."),
+            _("This continues even if you close this window."),
         )
         self._report.clear()
         self._report.widget.show()
@@ -175,7 +175,7 @@ class Closing:
             self._offer(None, _("_Close"), may_resume=True)
             self._no.grab_focus()
         else:
-            text = _("Something may still be reachable. Mend what is said below, and try again.")
+            text = _("Something may still be reachable. Correct what is reported below and try again.")
             self._show(Gtk.MessageType.ERROR, f"✖ {report.title}", text)
             self._offer(_("_Try again"), _("_Close"))
             self._yes.grab_focus()
@@ -241,7 +241,7 @@ class _ReportView:
         good = [line.text for line in lines if not line.is_bad]
         bad = [f"✖ {line.text}" for line in lines if line.is_bad]
         if self._buffer.get_char_count():
-            good += ["", _("What was done, in its order:")]
+            good += ["", _("What was done, in order:")]
         self._insert(self._buffer.get_start_iter(), good)
         self._insert(self._buffer.get_start_iter(), bad, "bad")
         self._buffer.place_cursor(self._buffer.get_start_iter())

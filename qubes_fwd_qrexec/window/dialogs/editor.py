@@ -189,7 +189,7 @@ class _Dialog:
         if judgement.missing:
             found[_("Still to be filled in: {fields}.")] = judgement.missing
         if judgement.faults and judgement.forward is None:
-            found[_("To be mended: {fields}.")] = tuple(judgement.faults)
+            found[_("To be corrected: {fields}.")] = tuple(judgement.faults)
         lines = [words.format(fields=", ".join(self.form.titles(fields))) for words, fields in found.items()]
         if self._look is not None and self._look.read_only is not None:
             lines.append(self._look.read_only)

@@ -86,5 +86,5 @@ def _closes(entry: Entry, forward: Forward | None) -> str:
         drains = _("Its connections may go on for up to an hour.")
         parts.append(_("Its connections are cut.") if is_cut else drains)
     elif not entry.is_live:
-        parts.append(_("It opens nothing."))
+        parts.append(_("It is not open."))
     return shortened(" ".join(filter(None, parts)), TEXT_MAX)

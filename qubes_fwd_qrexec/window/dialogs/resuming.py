@@ -43,7 +43,7 @@ class Resuming:
         self._is_open = True
         self._seen = self._board.look
         self._question.withdraw()
-        self._head.show(_("Looking at the system…"))
+        self._head.show(_("Reading the system…"))
         self._question.open(parent)
         self._board.refresh()
         self._follow()

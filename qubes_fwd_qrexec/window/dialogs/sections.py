@@ -33,8 +33,8 @@ class What(Section):
             {Proto.TCP: _("TCP"), Proto.UDP: _("UDP"), Proto.BOTH: _("TCP and UDP")},
         )
         self._ports = Entry(
-            _("Port of its server"),
-            _("_Port of its server:"),
+            _("Server port"),
+            _("Server _port:"),
             changed,
             hint=_("80 or 80-90"),
             width=14,
@@ -65,14 +65,14 @@ class Reachable(Section):
     def __init__(self, changed: Changed) -> None:
         self._changed = changed
         self._via = NameEntry(_("The other qube"), "", self._typed)
-        self._inside = Switch(_("For qubes behind it alone"), _("For qubes _behind it alone"), changed)
+        self._inside = Switch(_("Only for qubes behind it"), _("Only for qubes _behind it"), changed)
         self._bypass = Switch(
-            _("Go round the tunnel, I accept"), _("_Go round the tunnel, I accept"), changed
+            _("Bypass the tunnel, I accept the risk"), _("Bypass the tunnel, I accept the ris_k"), changed
         )
         self._inside.widget.set_valign(Gtk.Align.CENTER)
         hidden(self._bypass.widget)
         self._where = Radios(_("Reachable at"), _("Reachable at:"), changed, _places(), self._placed)
-        self._ports = Entry(_("Port there"), _("Port _there:"), changed, hint=_("the same"), width=14)
+        self._ports = Entry(_("Exposed port"), _("Exposed por_t:"), changed, hint=_("the same"), width=14)
         self.rows = (self._where, self._ports)
         self.fields = {
             "forwardtype": self._where,
@@ -122,7 +122,7 @@ class Reachable(Section):
 
 def _places(outermost: Sequence[str] = (), netvm: Sequence[str] = ()) -> dict[str, str]:
     """The words for each place, with the qube that it is now."""
-    far, near = _("The outermost qube of its net_work"), _("Its _netvm, for other qubes alone")
+    far, near = _("The outermost qube of its net_work"), _("Its _netvm, only for other qubes")
     return {
         Where.OUTERMOST: ": ".join((far, *map(_escaped, outermost))),
         Where.NETVM: ": ".join((near, *map(_escaped, netvm))),
@@ -222,11 +222,11 @@ class Further(Section):
 
     def __init__(self, changed: Changed) -> None:
         self._name = Entry(_("Name of the rule"), _("Name:"), changed, width=20)
-        self._mode = Choice(_("How it travels"), _("How it tra_vels:"), changed, _modes())
+        self._mode = Choice(_("Mode"), _("Mo_de:"), changed, _modes())
         self._transport = Choice(_("Transport over qrexec"), _("Transport:"), changed, _transports())
         self._proxy = Choice(
             _("PROXY header"),
-            _("PRO_XY header:"),
+            _("PROX_Y header:"),
             changed,
             {Proxy.OFF: _("None"), Proxy.V1: _("Version 1"), Proxy.V2: _("Version 2")},
         )
@@ -234,11 +234,11 @@ class Further(Section):
             _("Limits"), _("Limits:"), changed, hint="connections:1000,per-source:100,rate:50"
         )
         self._listen = Entry(
-            _("Listen at this address alone"), _("Listen at:"), changed, hint=_("all addresses"), width=40
+            _("Listen only on this address"), _("Listen on:"), changed, hint=_("all addresses"), width=40
         )
         self._on_expire = Choice(
-            _("Open connections at the end"),
-            _("At the en_d:"),
+            _("Open connections on expiry"),
+            _("On e_xpiry:"),
             changed,
             {OnExpire.CUT: _("Cut open connections"), OnExpire.DRAIN: _("Let open connections finish")},
         )
@@ -296,7 +296,7 @@ def _modes() -> dict[str, str]:
 
 def _transports() -> dict[str, str]:
     return {
-        Transport.AUTO: _("As the qube can"),
+        Transport.AUTO: _("Whatever the qube supports"),
         Transport.MUX: _("Many connections in one call"),
         Transport.CALL: _("One call for each connection"),
     }

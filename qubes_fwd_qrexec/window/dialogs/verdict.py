@@ -26,7 +26,7 @@ class Verdict:
         self._error.widget.get_accessible().set_role(Atk.Role.ALERT)
         texts = (self._error.widget, self._headline.widget, self._text.widget)
         self.widget = named(
-            column(*texts, self._mends, self._notes.widget, margin=2 * GAP), _("What would become of it")
+            column(*texts, self._mends, self._notes.widget, margin=2 * GAP), _("What would happen")
         )
 
     def show(self, judgement: Judgement, lines: Iterable[str] = ()) -> None:

@@ -140,7 +140,7 @@ def _goes_on(figures: Figures | None, key: Key) -> Iterator[str]:
 def _untold(figures: Figures | None, forward: Forward) -> Iterator[str]:
     """Who may be connected besides those that the qubes tell."""
     if forward.nft_configs:
-        yield _("No qube tells who is connected by nft.")
+        yield _("No qube reports who is connected by nft.")
     if figures is None or figures.status.clients is None or forward.exposed is None or not forward.is_live:
         return
     unknown, left_out = figures.status.clients.unknown, figures.status.clients.left_out
@@ -150,8 +150,8 @@ def _untold(figures: Figures | None, forward: Forward) -> Iterator[str]:
         )
     if count := left_out.get(forward.exposed, 0):
         more = ngettext(
-            "{qube} has {count} client more than it tells.",
-            "{qube} has {count} clients more than it tells.",
+            "{qube} has {count} more client than it lists.",
+            "{qube} has {count} more clients than it lists.",
             count,
         )
         yield more.format(qube=forward.exposed, count=count)

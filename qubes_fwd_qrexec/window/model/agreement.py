@@ -81,7 +81,7 @@ def _turns(before: Forward, after: Forward) -> tuple[Turn, ...]:
         ),
         Turn(_("Exposed at"), was_at, here),
         Turn(_("Who may connect"), ", ".join(entrance.asked(rule)), entrance.let_in(after)),
-        Turn(_("Way"), before.mode, way),
+        Turn(_("Mode"), before.mode, way),
     )
 
 

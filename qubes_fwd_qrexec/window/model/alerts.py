@@ -44,7 +44,7 @@ def alerts(look: Look | None, left: Sequence[str], trouble: str | None) -> Itera
         return  # the window itself says so
     if trouble is not None:
         text = _("What is shown may be old: it is from {time}.").format(time=local(int(look.now)))
-        yield Alert("trouble", text, _few([trouble]), Way.LOOK, _("_Look again"), is_bad=True)
+        yield Alert("trouble", text, _few([trouble]), Way.LOOK, _("Re_load"), is_bad=True)
     can_change = look.read_only is None
     if look.plan.is_held:
         is_sure = trouble is None and not (look.due or left or look.snapshot.problems)
@@ -60,15 +60,14 @@ def alerts(look: Look | None, left: Sequence[str], trouble: str | None) -> Itera
         yield _due(due, left, can_change)
     if look.watch_start is not None:
         text = _(
-            "Expiry and netvm changes act only at the next apply, as qvm-forward watch does not run here."
+            "Expiry and netvm changes take effect only at the next apply, because qvm-forward watch is not "
+            "running here."
         )
         start = _("To start it: {command}.").format(command=look.watch_start)
         way = _way(Way.APPLY, _("Apply _now"), can_change and not due)
         yield Alert("unwatched", text, (start,), *way)
     if problems := look.snapshot.problems:
-        text = ngettext(
-            "{count} thing could not be read.", "{count} things could not be read.", len(problems)
-        )
+        text = ngettext("{count} item could not be read.", "{count} items could not be read.", len(problems))
         yield Alert("unread", text.format(count=len(problems)), _few(problems))
 
 
@@ -76,12 +75,12 @@ def _due(due: Sequence[Step], left: Sequence[str], can_change: bool) -> Alert:
     """What `apply` would change, and what qubes say that goes on."""
     lines = [*left, *(word for step in due for word in steps.words(step))]
     if not due:
-        return Alert("due", _("Something goes on that no rule asks for."), _few(lines), is_bad=True)
+        return Alert("due", _("Something is still going on that no rule asks for."), _few(lines), is_bad=True)
     is_open = bool(left) or any(step.kind in _CLOSING for step in due)
     if is_open:
         text = _("What is in force is not what the rules ask for, and may let in more.")
     else:
-        text = _("Not all that the rules ask for is in force.")
+        text = _("Not everything that the rules ask for is in force.")
     return Alert("due", text, _few(lines), *_way(Way.APPLY, _("A_pply"), can_change), is_bad=is_open)
 
 

@@ -129,7 +129,7 @@ def _note(now: InForce, denial: str | None) -> str:
         Force.AS_ASKED: "",
         Force.NOT_YET: _("It is not in force yet."),
         Force.OTHERWISE: _("Something else is still in force, and may let in more than this."),
-        Force.STILL: _("It should be closed, and is still in force."),
+        Force.STILL: _("It should be closed but is still in force."),
     }[now.force]
 
 

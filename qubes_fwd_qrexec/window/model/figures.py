@@ -118,4 +118,4 @@ def _of_nft(row: NftRow) -> Iterator[str]:
         sent=size(counted.sent), received=size(counted.received)
     )
     if row.is_least:
-        yield _("More may have passed: while a flowtable speeds up a connection, nothing counts it.")
+        yield _("More may have passed: while a flowtable speeds up a connection, nothing counts its packets.")

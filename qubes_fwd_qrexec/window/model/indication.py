@@ -37,8 +37,8 @@ def indication(look: Look | None, trouble: str | None) -> Indication:
             if look is None
             else Indication(_ICONS[(found := summary(look)).tone], found.text)
         )
-    text = _("What is open now is not known: {why}").format(why=shortened(escaped(trouble), _TROUBLE_MAX))
+    text = _("What is open is unknown: {why}").format(why=shortened(escaped(trouble), _TROUBLE_MAX))
     if look is not None:
-        before = _("Before that: {summary}").format(summary=summary(look).text)
+        before = _("Last known: {summary}").format(summary=summary(look).text)
         text = f"{text}\n{before}"
     return Indication(UNKNOWN_ICON, text)

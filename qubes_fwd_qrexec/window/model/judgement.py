@@ -98,7 +98,7 @@ def judge(draft: Draft, snapshot: Snapshot, now: float, known: Plan | None = Non
     faults, mends = _faults(draft, snapshot, now)
     missing = draft.missing
     if faults or missing:
-        headline = _("Something is not right yet.") if faults else _("Something is still to be filled in.")
+        headline = _("Something is not right yet.") if faults else _("Something still has to be filled in.")
         return Judgement(draft, button(draft), headline, faults=faults, missing=missing, mends=mends)
     try:
         named = _named(draft, snapshot, now)
@@ -106,7 +106,7 @@ def judge(draft: Draft, snapshot: Snapshot, now: float, known: Plan | None = Non
         faults = {field_of(draft, name): error.problem for name in error.options}
         return Judgement(draft, button(draft), _("Something is not right yet."), faults=faults)
     if draft.base is not None and named == draft.base:
-        return Judgement(draft, button(draft), _("Nothing is changed yet."), named=named)
+        return Judgement(draft, button(draft), _("Nothing has been changed yet."), named=named)
     return _previewed(draft, named, snapshot, preview(snapshot, now, named, known), now)
 
 
@@ -123,16 +123,16 @@ def button(draft: Draft, forward: Forward | None = None) -> str:
 def _overtaken(draft: Draft, base: NamedRule, snapshot: Snapshot) -> Judgement:
     stored, lines = snapshot.stored.get(base[:2]), [_("You saw: {rule}").format(rule=base.rule)]
     headline, mends = (
-        _("This rule has been removed meanwhile."),
-        [Mend(_("Make it anew"), draft=draft.rebased(None))],
+        _("This rule has been removed in the meantime."),
+        [Mend(_("Create it again"), draft=draft.rebased(None))],
     )
     if stored is not None:
         text = stored.text if isinstance(stored, BrokenRule) else str(stored.rule)
-        headline = _("This rule has been changed meanwhile.")
+        headline = _("This rule has been changed in the meantime.")
         lines.append(_("It is now: {rule}").format(rule=escaped(text)))
     if isinstance(stored, NamedRule):
-        take = Mend(_("Take what is stored now"), draft=Draft.of(stored))
-        mends = [take, Mend(_("Keep my fields"), draft=draft.rebased(stored))]
+        take = Mend(_("Use what is stored now"), draft=Draft.of(stored))
+        mends = [take, Mend(_("Keep what I entered"), draft=draft.rebased(stored))]
     elif stored is not None:
         mends = []
     return Judgement(draft, button(draft), headline, lines=tuple(lines), mends=tuple(mends))
@@ -170,7 +170,7 @@ def _own_faults(draft: Draft, snapshot: Snapshot) -> Iterator[tuple[str, str]]:
         except RefusedError as error:
             yield QUBE, str(error)
     if not draft.is_anybody and ANYBODY in draft.source_list:
-        yield "srchosts", _("Everybody is let in only if you choose that.")
+        yield "srchosts", _("To let in everybody, choose “Anybody who can reach it”.")
     name = draft.name.strip()
     if draft.base is None and name:
         try:
@@ -178,7 +178,7 @@ def _own_faults(draft: Draft, snapshot: Snapshot) -> Iterator[tuple[str, str]]:
         except TextError as error:
             yield NAME, str(error)
         if (target, name) in snapshot.stored:
-            yield NAME, _("{qube} has a rule of that name already.").format(qube=target)
+            yield NAME, _("{qube} already has a rule of that name.").format(qube=target)
 
 
 def _named(draft: Draft, snapshot: Snapshot, now: float) -> NamedRule:
@@ -188,7 +188,7 @@ def _named(draft: Draft, snapshot: Snapshot, now: float) -> NamedRule:
         return draft.base._replace(rule=changed_rule(snapshot.inventory, now, draft.base, options))
     rule = ForwardRule.from_options(options)
     if rule.expire is not None and rule.expire <= now:
-        raise RuleError("option 'expire'", _("That time is over already."), "expire")
+        raise RuleError("option 'expire'", _("That time has already passed."), "expire")
     for source in rule.sources.qubes:
         try:
             snapshot.check_qube(source)
@@ -231,9 +231,9 @@ def _headline(forward: Forward, problem: Finding | None, *, is_new: bool) -> str
         State.ACTIVE: _("This opens at once:"),
         State.WAITING: _("This opens, and waits for a qube:"),
         State.SUSPENDED: _("This stays closed until you confirm it:"),
-        State.EXPIRED: _("This stays closed, as its time is over:"),
-        State.DISABLED: _("This stays closed, as it is disabled:"),
-        State.HELD: _("This stays closed, as everything is held:"),
+        State.EXPIRED: _("This stays closed, because it has expired:"),
+        State.DISABLED: _("This stays closed, because it is disabled:"),
+        State.HELD: _("This stays closed, because everything is held:"),
     }.get(forward.state) or _("This stays closed, as it was:")
 
 

@@ -78,19 +78,19 @@ def setting_label(name: str, value: str) -> str:
     known = {
         "mode=qrexec": _("Send it over qrexec"),
         "mode=nft": _("Send it by nft"),
-        "forwardtype=internal": _("Expose it to other qubes alone"),
-        "via=": _("Expose it at a netvm of its own"),
-        "transport=auto": _("Leave the transport open"),
+        "forwardtype=internal": _("Expose it only to other qubes"),
+        "via=": _("Expose it at one of its own netvms"),
+        "transport=auto": _("Choose the transport automatically"),
         "transport=mux": _("Use mux calls"),
         "proxy=off": _("Send no PROXY header"),
         "proxy=v2": _("Use PROXY version 2"),
         "autostart=yes": _("Let connections start the qube"),
-        "autostart=no": _("Let no connection start the qube"),
+        "autostart=no": _("Do not let connections start the qube"),
         "follow-netvm=yes": _("Follow the netvm"),
-        "bypass-tunnel=yes": _("Go round the tunnel"),
-        "bypass-tunnel=no": _("Go round no tunnel"),
-        "listen=": _("Listen at every address"),
-        "expire=+8h": _("Let it end in 8 hours"),
+        "bypass-tunnel=yes": _("Bypass the tunnel"),
+        "bypass-tunnel=no": _("Do not bypass the tunnel"),
+        "listen=": _("Listen on every address"),
+        "expire=+8h": _("End it in 8 hours"),
     }
     if name == "via" and value:
         return _("Expose it at {qube}").format(qube=value)
@@ -101,9 +101,9 @@ def filling_label(name: str) -> str:
     """What filling in an option does, for a button."""
     known = {
         "via": _("Expose it at another qube…"),
-        "srcports": _("Take another exposed port…"),
-        "dstports": _("Take another port of the server…"),
+        "srcports": _("Use another exposed port…"),
+        "dstports": _("Use another server port…"),
         "srchosts": _("Let in others…"),
-        "listen": _("Listen at another address…"),
+        "listen": _("Listen on another address…"),
     }
     return known.get(name, f"{name}=…")

@@ -196,14 +196,14 @@ def _names(some: list[Change]) -> str:
 def _body(change: Change) -> str:
     rule, entry = change.rule, change.entry
     if entry is None:
-        return _("Nothing opens any more until you resume. The rules are kept as they are.")
+        return _("Nothing opens until you resume. The rules are kept as they are.")
     if change.kind is Kind.DENIED:
         return entry.note
     parts = [entry.note]
     if rule is None:
         parts.append(_("Its rule cannot be read: {problem}").format(problem=entry.comment))
     elif rule.cause is Cause.EXPIRED:
-        parts.append(_("Its time is over."))
+        parts.append(_("It has expired."))
     elif rule.cause is Cause.NETVM_CHANGED:
         parts.append(escaped(reasons.filled("{moved}.", rule, rule.decisive)))
         if change.kind is Kind.SUSPENDED:

@@ -115,7 +115,7 @@ def not_started(error: OSError, lab: str | None = None) -> Report:
 def _unknown(why: str, lab: str | None) -> Report:
     lines = [
         why,
-        _("What was done before stands, and nobody knows what is open."),
+        _("What was done until then stands, and it is unknown what is open."),
         _("Try again, or type in a terminal: {command}").format(command=_plain(typed(lab))),
     ]
     title = _("IT IS UNKNOWN WHETHER EVERYTHING IS CLOSED")
@@ -186,7 +186,9 @@ def _lines(told: _Told) -> Iterator[Line]:
         yield Line(_("Nothing is held: what is closed may open again."), is_bad=True)
     silent = confirmed.silent(told.doubts, Outcome(told.steps).told)
     for way in confirmed.ways_out(silent):
-        yield Line(_("To close it whatever the qubes of its path do: {command}").format(command=way))
+        yield Line(
+            _("To close it even if the qubes of its path do not answer: {command}").format(command=way)
+        )
     if targets := sorted({left.target for left in told.goes_on if left.target is not None}):
         way = shlex.join(["qvm-shutdown", *targets])
         yield Line(_("To end these connections at once: {command}").format(command=way))

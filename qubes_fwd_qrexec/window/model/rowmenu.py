@@ -40,6 +40,6 @@ def menu_items(item: Item, look: Look, ended: tuple[Key, ...], commands: Command
         else:
             yield MenuItem(_("E_nable"), lambda: commands.enable(item))
         if forward.is_live:
-            yield MenuItem(_("End all c_onnections…"), lambda: commands.cut(item, None))
+            yield MenuItem(_("Cu_t all connections…"), lambda: commands.cut(item, None))
         yield MenuItem(_("Dia_gnose"), lambda: commands.diagnose(item), is_change=False)
         yield MenuItem(_("_Remove…"), lambda: commands.remove([item]))

@@ -189,8 +189,8 @@ def _roles() -> dict[Role, str]:
         # Translators: what a qube has to do with a forward.
         Role.TARGET: _("target"),
         Role.EXPOSED: _("exposed"),
-        Role.HOP: _("sends packets on"),
-        Role.PATH: _("netvm on the way out"),
+        Role.HOP: _("forwards packets"),
+        Role.PATH: _("netvm of the target"),
     }
 
 
@@ -235,10 +235,10 @@ def summary(look: Look | None, trouble: str | None = None) -> Summary:
     look may be old.
     """
     if look is None:
-        return Summary(_("What is open is not known."), Tone.UNKNOWN, 0)
+        return Summary(_("What is open is unknown."), Tone.UNKNOWN, 0)
     if trouble is not None:
         was = summary(look)
-        text = _("What is open is not known. Before that: {summary}").format(summary=was.text)
+        text = _("What is open is unknown. Last known: {summary}").format(summary=was.text)
         return Summary(text, Tone.UNKNOWN, was.asks)
     count, is_unread = _counted(look), bool(look.snapshot.problems)
     is_unsure = is_unread or count.still > 0 or count.otherwise > 0
@@ -297,8 +297,8 @@ def _sentences(count: _Count, *, is_held: bool, is_unread: bool, is_unsure: bool
         yield text.format(count=count.still)
     if count.otherwise:
         text = ngettext(
-            "{count} forward is in force as it was before, which may let in more.",
-            "{count} forwards are in force as they were before, which may let in more.",
+            "{count} forward is in force as it was before, and may let in more.",
+            "{count} forwards are in force as they were before, and may let in more.",
             count.otherwise,
         )
         yield text.format(count=count.otherwise)
@@ -318,7 +318,9 @@ def _sentences(count: _Count, *, is_held: bool, is_unread: bool, is_unsure: bool
         yield _("Not everything could be read, so more may be open.")
     if count.asks:
         text = ngettext(
-            "{count} forward waits for your word.", "{count} forwards wait for your word.", count.asks
+            "{count} forward needs your decision.",
+            "{count} forwards need your decision.",
+            count.asks,
         )
         yield text.format(count=count.asks)
 
