@@ -125,7 +125,7 @@ class Manager:
         elif remedy.act is Act.RESUME:
             self.resume()
         elif remedy.act is Act.MARK:
-            self.mark(remedy.command.split()[-1])
+            self.mark(remedy.qube)
         elif key is None or remedy.act is Act.COPY:
             Gtk.Clipboard.get(Gdk.SELECTION_CLIPBOARD).set_text(remedy.command, -1)
         elif remedy.act is Act.CONFIRM:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from .gtk import Atk, Gtk
 from .kept import Rows, Text
 from .model.alerts import Alert, Way
-from .model.rows import Summary, Tone
+from .model.summary import Summary, Tone
 from .model.words import _
 from .widgets import GAP, button, column, deliver, row
 

@@ -42,7 +42,7 @@ class Cells(NamedTuple):
     who: str = ""
     at: str = ""
     to: str = ""
-    way: str = ""
+    mode: str = ""
     ends: str = ""
     comment: str = ""
     role: str = ""
@@ -72,7 +72,7 @@ def of_row(row: Row, group: QubeName, colours: Mapping[str, str]) -> Cells:
         shortened(who, LINE_MAX),
         row.at,
         row.to.removeprefix(f"{group}:"),
-        row.way,
+        row.mode,
         row.ends,
         shortened(row.comment, LINE_MAX),
         row.role,
@@ -93,12 +93,8 @@ def of_group(group: Group, colours: Mapping[str, str]) -> Cells:
         return Cells(ENDED, ended, state_foreground=faint)
     bold, picture = _BOLD, icon(group.icon, group.label)
     # Translators: before the netvms of a qube, such as sys-firewall - sys-net.
-    way_out = _("via {netvms}").format(netvms=chain) if (chain := _netvms(group)) else _("no netvm")
+    way_out = _("via {netvms}").format(netvms=group.netvms) if group.netvms else _("no netvm")
     return Cells(group.qube, group.qube, way_out, who_foreground=faint, state_weight=bold, icon=picture)
-
-
-def _netvms(group: Group) -> str:
-    return group.chain.removeprefix(group.qube).removeprefix(" - ")
 
 
 @cache

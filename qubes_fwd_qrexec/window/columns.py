@@ -21,7 +21,7 @@ def titles() -> dict[str, str]:
         "who": _("From"),
         "at": _("Reachable at"),
         "to": _("Goes to"),
-        "way": _("Mode"),
+        "mode": _("Mode"),
         "ends": _("Ends"),
         "comment": _("Comment"),
         "role": _("Role"),

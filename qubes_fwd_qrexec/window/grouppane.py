@@ -35,7 +35,7 @@ class GroupPane:
             self._text.set_text(_("They are closed. Their rules are kept, and can be extended or removed."))
         else:
             self._title.set_text(group.qube)
-            self._text.set_text(_("Its way out: {chain}").format(chain=group.chain))
+            self._text.set_text(_("Netvms: {netvms}").format(netvms=group.netvms or _("none")))
 
     def focus(self) -> None:
         """Let the keyboard work here."""

@@ -19,6 +19,7 @@ from .model.figures import leftovers
 from .model.look import Look
 from .model.rowmenu import menu_items
 from .model.rows import ENDED, SOON_S, Filter, Group, Item, Show
+from .model.summary import summary
 from .model.words import _
 from .outcome import Outcome
 from .placeholder import Lack, Placeholder
@@ -128,7 +129,7 @@ class MainWindow:
 
     def _parts(self) -> Iterator[None]:
         board, look = self._board, self._board.look
-        self._summary.show(rows.summary(look, board.trouble))
+        self._summary.show(summary(look, board.trouble))
         yield
         left = () if look is None else leftovers(look, board.figures)
         self._alerts.show(alerts.alerts(look, left, board.trouble))

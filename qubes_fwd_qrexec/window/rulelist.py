@@ -17,9 +17,9 @@ from .portions import Portions
 from .rowstore import RowStore
 from .widgets import deliver, named
 
-_PERHAPS = ("way", "ends", "comment", "role")
-"""Columns that are shown only where they say something; the way only where it is not the same for all."""
-_LEAVING = ("way", "comment", "to")
+_PERHAPS = ("mode", "ends", "comment", "role")
+"""Columns that are shown only where they say something; the mode only where it is not the same for all."""
+_LEAVING = ("mode", "comment", "to")
 """Those that go first where there is no room for all."""
 
 
@@ -77,8 +77,8 @@ class RuleList:
         rows = [row for group in groups for row in group.rows]
         said = {field: {getattr(row, field) for row in rows} for field in _PERHAPS}
         self._silent = {field for field, texts in said.items() if texts <= {""}}
-        if len(said["way"] - {""}) < 2:
-            self._silent.add("way")
+        if len(said["mode"] - {""}) < 2:
+            self._silent.add("mode")
         self._groups = groups
         self.is_filling = True
         self._fit()

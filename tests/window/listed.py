@@ -16,7 +16,7 @@ def row(name: str, target: str = "work", **more: Any) -> Row:
         "mark": "OPEN",
         "who": "192.168.0.0/16",
         "at": "sys-net:80",
-        "way": "mux",
+        "mode": "mux",
         "to": "8080",
         "ends": "in 7 h",
         "comment": "",
@@ -28,7 +28,7 @@ def row(name: str, target: str = "work", **more: Any) -> Row:
 
 
 def group(target: str, *rows: Row, **more: Any) -> Group:
-    usual = {"label": "blue", "icon": "no-such-icon", "chain": f"{target} - sys-net"}
+    usual = {"label": "blue", "icon": "no-such-icon", "netvms": "sys-net"}
     return Group(QubeName(target), rows=rows, **{**usual, **more})
 
 

@@ -146,7 +146,7 @@ def test_apply_is_done_only_when_it_is_asked_for(
 
 
 def test_a_way_out_is_taken(running: Running, lab: LabDirectory) -> None:
-    running.manager.remedy(Remedy("Mark it", Act.MARK, None, (), "qvm-forward tunnel mark sys-vpn"))
+    running.manager.remedy(Remedy("Mark it", Act.MARK, None, (), "", "sys-vpn"))
     until(lambda: "forward.tunnel" in lab.features("sys-vpn"))
     running.manager.remedy(Remedy("Confirm", Act.CONFIRM, WEB, (), ""))
     until(running.dialogs)

@@ -10,7 +10,7 @@ from screen import settle, until
 from qubes_fwd_qrexec.window.bars import AlertBars, SummaryBar
 from qubes_fwd_qrexec.window.gtk import Gtk
 from qubes_fwd_qrexec.window.model.alerts import Alert, Way
-from qubes_fwd_qrexec.window.model.rows import Summary, Tone
+from qubes_fwd_qrexec.window.model.summary import Summary, Tone
 from qubes_fwd_qrexec.window.widgets import column
 
 HELD = Alert("held", "Everything is held.", (), Way.RESUME, "_Resume…")

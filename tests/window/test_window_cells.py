@@ -74,7 +74,7 @@ def test_a_group_is_its_qube_with_its_way_out() -> None:
     cells = of_group(group("work"), COLOURS)
     assert (cells.item, cells.text, cells.who_foreground) == ("work", "work  via sys-net", "#777")
     assert cells.icon is icon("no-such-icon", "blue")
-    assert of_group(group("vault", chain="vault"), COLOURS).who == "no netvm"
+    assert of_group(group("vault", netvms=""), COLOURS).who == "no netvm"
 
 
 def test_ended_rules_are_counted() -> None:

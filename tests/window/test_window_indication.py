@@ -9,7 +9,7 @@ from worlds import rule
 
 from qubes_fwd_qrexec.window.model.indication import indication
 from qubes_fwd_qrexec.window.model.look import Look
-from qubes_fwd_qrexec.window.model.rows import summary
+from qubes_fwd_qrexec.window.model.summary import summary
 
 LAN = "srchosts=192.168.0.0/16"
 ICONS = Path(__file__).parents[2] / "icons/hicolor/scalable/apps"

@@ -69,6 +69,7 @@ def test_what_is_ours_is_done_and_what_is_not_can_be_copied(text: str) -> None:
     else:
         assert found.key == KEY
     assert not found.options or found.act is Act.SET
+    assert (found.act, found.qube) in ((Act.MARK, command[-1]), (found.act, ""))
 
 
 @pytest.mark.parametrize("text", [text for text in ALL if text.startswith("qvm-forward set ")])

@@ -10,7 +10,7 @@ from qubes_fwd_qrexec.admin.states import State
 from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.window.model import rows
+from qubes_fwd_qrexec.window.model import entries, rows
 from qubes_fwd_qrexec.window.model.look import Look, look_at
 from qubes_fwd_qrexec.window.model.rows import ENDED, Filter, Row, Show, ends, groups
 
@@ -70,7 +70,7 @@ def test_a_row_says_state_sources_place_way_and_end_in_words(text: str, cells: t
 
 def test_a_forward_by_nft_says_so() -> None:
     row = only(look(rule(f"{LAN} mode=nft"), inventory=nft_world()))
-    assert (row.mark, row.way, row.at, row.to) == ("OPEN", "by nft", "sys-net:80", "work:80")
+    assert (row.mark, row.mode, row.at, row.to) == ("OPEN", "by nft", "sys-net:80", "work:80")
 
 
 def test_a_row_says_what_it_waits_for_and_that_all_is_held() -> None:
@@ -99,14 +99,14 @@ def test_what_others_have_stored_acts_on_no_terminal_and_no_widget() -> None:
     assert "option '\\x1b]0;<b>' at" in group.rows[1].comment
 
 
-def test_groups_are_targets_with_label_icon_and_way_out() -> None:
+def test_groups_are_targets_with_label_icon_and_netvms() -> None:
     inventory = world(
         qube("work", "sys-firewall", label="blue", icon="appvm-blue", template=QubeName("fedora-42"))
     )
     shown = look(rule(LAN), rule(LAN, "hidden"), rule(f"{LAN} srcports=81", name="a"), inventory=inventory)
     assert [(group[:4], [row.key[1] for row in group.rows]) for group in groups(shown)] == [
-        (("hidden", "", "", "hidden - sys-vpn - sys-firewall - sys-net"), ["web"]),
-        (("work", "blue", "appvm-blue", "work - sys-firewall - sys-net"), ["a", "web"]),
+        (("hidden", "", "", "sys-vpn - sys-firewall - sys-net"), ["web"]),
+        (("work", "blue", "appvm-blue", "sys-firewall - sys-net"), ["a", "web"]),
     ]
 
 
@@ -280,12 +280,12 @@ def test_rows_are_those_of_the_system_that_is_looked_at(store: Backend, lab: Lab
         store.set_feature(QubeName(target), f"forward.{name}", str(named.rule))
     shown = look_at(store, NOW)
     assert [group[:4] for group in groups(shown)] == [
-        ("personal", "yellow", "appvm-yellow", "personal - sys-firewall - sys-net"),
-        ("work", "blue", "appvm-blue", "work - sys-firewall - sys-net"),
+        ("personal", "yellow", "appvm-yellow", "sys-firewall - sys-net"),
+        ("work", "blue", "appvm-blue", "sys-firewall - sys-net"),
     ]
     assert [row.mark for group in groups(shown) for row in group.rows] == ["CLOSED", "NOT IN FORCE"]
 
 
 def test_each_state_has_a_mark_of_its_own() -> None:
-    assert len({rows.mark(state) for state in State}) == len(State)
-    assert rows.mark(State.DISABLED) == "CLOSED"
+    assert len({entries.mark(state) for state in State}) == len(State)
+    assert entries.mark(State.DISABLED) == "CLOSED"

@@ -159,7 +159,7 @@ def test_what_is_scrolled_to_stays_in_view(shown: Shown) -> None:
     scroll = shown.list.widget.get_vadjustment()
     scroll.set_value(400)
     settle()
-    shown.list.show(tuple(each._replace(chain="other") for each in system(10, 5)))
+    shown.list.show(tuple(each._replace(netvms="other") for each in system(10, 5)))
     until(lambda: not shown.list.is_filling)
     settle()
     assert scroll.get_value() == 400
@@ -296,9 +296,9 @@ def test_columns_that_say_nothing_are_not_there(shown: Shown) -> None:
     assert titles() == ["State", "From", "Reachable at", "Goes to"]
     shown.list.show((group("work", row("web", comment="mine", role="exposed", ends="in 7 h")),))
     assert titles() == ["State", "From", "Reachable at", "Goes to", "Ends", "Comment", "Role"]
-    shown.list.show((group("work", row("web", ends=""), row("broken", ends="", way="")),))
+    shown.list.show((group("work", row("web", ends=""), row("broken", ends="", mode="")),))
     assert titles() == ["State", "From", "Reachable at", "Goes to"]
-    shown.list.show((group("work", row("web", ends=""), row("nft", ends="", way="by nft")),))
+    shown.list.show((group("work", row("web", ends=""), row("nft", ends="", mode="by nft")),))
     assert titles() == ["State", "From", "Reachable at", "Goes to", "Mode"]
 
 
@@ -333,7 +333,7 @@ def test_where_there_is_no_room_the_columns_go_that_say_least(shown: Shown) -> N
         return [column.get_title() for column in shown.view.get_columns() if not column.get_visible()]
 
     said = {"comment": "mine", "role": "exposed"}
-    shown.list.show((group("work", row("web", **said), row("tls", way="by nft", **said)),))
+    shown.list.show((group("work", row("web", **said), row("tls", mode="by nft", **said)),))
     columns = {column.get_title(): column.get_fixed_width() for column in shown.view.get_columns()}
     room = sum(columns.values())
     assert missing(room) == []

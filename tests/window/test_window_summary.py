@@ -11,7 +11,7 @@ from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.window.model.look import look_at
-from qubes_fwd_qrexec.window.model.rows import Summary, Tone, summary
+from qubes_fwd_qrexec.window.model.summary import Summary, Tone, summary
 
 LAN = "srchosts=192.168.0.0/16"
 HALTED = qube("sys-net", is_running=False, provides_network=True)

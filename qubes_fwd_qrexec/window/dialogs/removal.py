@@ -12,7 +12,7 @@ from qubes_fwd_qrexec.admin.views.tables import escaped, shortened
 from qubes_fwd_qrexec.common.rules import OnExpire
 from qubes_fwd_qrexec.window.gtk import Gtk
 from qubes_fwd_qrexec.window.kept import TEXT_MAX, Lines, Text
-from qubes_fwd_qrexec.window.model import actions, rows
+from qubes_fwd_qrexec.window.model import actions
 from qubes_fwd_qrexec.window.model.actions import Done
 from qubes_fwd_qrexec.window.model.board import Board
 from qubes_fwd_qrexec.window.model.entries import Entry
@@ -79,7 +79,7 @@ def what_closes(look: Look, keys: Sequence[Key]) -> list[str]:
 
 
 def _closes(entry: Entry, forward: Forward | None) -> str:
-    parts = [f"{escaped(' '.join(entry.key))}: {rows.mark_of(entry)}.", entry.note]
+    parts = [f"{escaped(' '.join(entry.key))}: {entry.mark}.", entry.note]
     if forward is not None and forward.is_live:
         parts.append(reasons.sentence(forward))
         is_cut = forward.named.rule.on_expire is not OnExpire.DRAIN

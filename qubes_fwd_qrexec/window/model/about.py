@@ -18,7 +18,6 @@ from qubes_fwd_qrexec.admin.views.tables import Check, Style, escaped
 from qubes_fwd_qrexec.common.rules import BrokenRule
 
 from . import figures as figures_
-from . import rows
 from .figures import Figures
 from .look import Look
 from .words import _, ngettext
@@ -91,7 +90,7 @@ def about(look: Look, figures: Figures | None, key: Key, now: float) -> About | 
         return None
     seen, qube = Seen.of(look.snapshot, key), look.snapshot.inventory.qubes[key[0]]
     entry = next(entry for entry in look.entries.rules if entry.key == key)
-    head = (key, seen, qube.label, qube.icon, entry.state, rows.mark_of(entry), entry.note)
+    head = (key, seen, qube.label, qube.icon, entry.state, entry.mark, entry.note)
     if isinstance(stored, BrokenRule):
         problem = render.broken_line(stored, Style()).rstrip("\n")
         return About(*head, problem, escaped(stored.text))

@@ -11,7 +11,7 @@ from qubes_fwd_qrexec.admin.views import entrance, reasons
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.rules import Mode, NamedRule
 
-from . import rows
+from .entries import mark
 from .look import Look
 from .preview import preview
 from .words import _
@@ -60,7 +60,7 @@ def agreement(look: Look, key: Key, now: float) -> Agreement | None:
     problem = None if found.problem is None else reasons.sentence(after, found.problem)
     notes = (*reasons.notes(after), *reasons.hints(after))
     is_to_anybody = after.is_live and rule.sources.anyone
-    opens = f"{rows.mark(after.state)}. {reasons.sentence(after)}"
+    opens = f"{mark(after.state)}. {reasons.sentence(after)}"
     return Agreement(seen, _turns(forward, after), opens, notes, is_to_anybody, problem)
 
 

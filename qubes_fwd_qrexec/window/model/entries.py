@@ -23,19 +23,21 @@ AS_ASKED = InForce(Force.AS_ASKED)
 class Entry(NamedTuple):
     """One rule.
 
-    ``state`` is the one that is shown: what waits for anything is waiting, and what is still in force is
-    active. ``cause`` is why the rule itself is as it is. ``searched`` is what a search looks in, in small
-    letters. ``roles`` are those of all qubes that it passes. ``ports`` are how many are open now, and
-    ``waiting`` how many more open by themselves when qubes start. ``expire`` is in UNIX seconds.
+    ``mark`` is the word for what it is. ``state`` is the one that is shown: what waits for anything is
+    waiting, and what is still in force is active. ``cause`` is why the rule itself is as it is. A search
+    looks in ``searched``, in small letters. ``roles`` are those of all qubes that it passes. ``ports`` are
+    how many are open now, and ``waiting`` how many more open by themselves when qubes start. ``expire`` is
+    in UNIX seconds.
     """
 
     key: Key
+    mark: str
     state: State
     cause: Cause
     force: Force
     who: str
     at: str
-    way: str
+    mode: str
     to: str
     comment: str
     note: str
@@ -81,6 +83,7 @@ def _of_forward(forward: Forward, now: InForce, denial: str | None) -> Entry:
         state = State.WAITING
     elif now.force is Force.STILL:
         state = State.ACTIVE
+    is_denied = is_live and denial is not None
     is_anybody = rule.sources.anyone or now.is_anybody
     who = _("anybody") if rule.sources.anyone else ", ".join(entrance.asked(rule))
     ports, waiting = _counts(forward, now, len(rule.listen_ports) * len(protos))
@@ -90,12 +93,13 @@ def _of_forward(forward: Forward, now: InForce, denial: str | None) -> Entry:
         to = f"{to} {'+'.join(protos)}"
     return Entry(
         key=forward.named[:2],
+        mark=_mark(state, now, is_live=is_live, is_denied=is_denied),
         state=state,
         cause=decisive.cause,
         force=now.force,
         who=who,
         at=at,
-        way=_("by nft") if forward.mode is Mode.NFT else _("over qrexec"),
+        mode=_("by nft") if forward.mode is Mode.NFT else _("over qrexec"),
         to=to,
         comment=comment,
         note=_note(now, denial),
@@ -103,12 +107,36 @@ def _of_forward(forward: Forward, now: InForce, denial: str | None) -> Entry:
         roles=roles_of(forward, (target, *forward.chain, *forward.hops)),
         is_anybody=is_anybody,
         is_live=is_live or now.force is Force.STILL,
-        is_denied=is_live and denial is not None,
+        is_denied=is_denied,
         ports=ports,
         waiting=waiting,
         expire=rule.expire,
         has_ended=rule.has_ended,
     )
+
+
+def mark(state: State) -> str:
+    """The word for a state."""
+    return {
+        # Translators: the states of a forward, each in a word.
+        State.ACTIVE: _("OPEN"),
+        State.WAITING: _("WAITING"),
+        State.SUSPENDED: _("SUSPENDED"),
+        State.EXPIRED: _("ENDED"),
+        State.DISABLED: _("CLOSED"),
+        State.REFUSED: _("REFUSED"),
+        State.BROKEN: _("BROKEN"),
+        State.HELD: _("HELD"),
+    }[state]
+
+
+def _mark(state: State, now: InForce, *, is_live: bool = False, is_denied: bool = False) -> str:
+    """The word for what a rule is, and what is in force of it."""
+    if now.force is Force.STILL:
+        return _("STILL OPEN")
+    if now.force is Force.NOT_YET and is_live:
+        return _("NOT IN FORCE")
+    return _("DENIED") if is_denied else mark(state)
 
 
 def _counts(forward: Forward, now: InForce, asked: int) -> tuple[int, int]:
@@ -136,14 +164,16 @@ def _note(now: InForce, denial: str | None) -> str:
 def _of_broken(rule: BrokenRule, now: InForce) -> Entry:
     name, problem = escaped(rule.name), escaped(rule.problem)
     is_still = now.force is Force.STILL
+    state = State.ACTIVE if is_still else State.BROKEN
     return Entry(
         key=(rule.target, rule.name),
-        state=State.ACTIVE if is_still else State.BROKEN,
+        mark=_mark(state, now),
+        state=state,
         cause=Cause.UNREADABLE,
         force=now.force,
         who="",
         at="",
-        way="",
+        mode="",
         to="",
         comment=problem,
         note=_note(now, None),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from qubes_fwd_qrexec.admin.views.tables import escaped, shortened
 
 from .look import Look
-from .rows import Tone, summary
+from .summary import Tone, summary
 from .words import _
 
 UNKNOWN_ICON = "qubes-forward-unknown"

@@ -51,14 +51,13 @@ def differing(plan: Plan, due: Iterable[Step]) -> Mapping[Key, InForce]:
                 if not lines.isdisjoint(policy.lines(forward)):
                     found.setdefault(key, InForce(Force.NOT_YET))
         elif step.tells:
-            entry = step.key
             with suppress(ConfigError):  # an entry that no release of ours has written
-                key = parse_nft_key(entry) if is_nft_key(entry) else parse_key(entry)[:2]
+                key = parse_nft_key(step.key) if is_nft_key(step.key) else parse_key(step.key)[:2]
                 was = found.setdefault(key, InForce(Force.NOT_YET))
                 if step.was is not None:
                     was.force = Force.OTHERWISE if key in live else Force.STILL
-                    config = _parsed(entry, step.was)
-                    was.ports[entry] = max(was.ports.get(entry, 0), _ports(config))
+                    config = _parsed(step.key, step.was)
+                    was.ports[step.key] = max(was.ports.get(step.key, 0), _ports(config))
                     was.is_anybody = was.is_anybody or config.sources.anyone
     _add_allowed(found, plan, (line for step in due if step.kind is Kind.CLOSE_POLICY for line in step.lines))
     return found

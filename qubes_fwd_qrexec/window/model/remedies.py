@@ -30,9 +30,8 @@ class Act(Enum):
 
 
 class Remedy(NamedTuple):
-    """A way out: the words for its button, and what that does with the rule ``key``; ``options`` are for SET.
-
-    ``command`` is the way out as it was given; its last word is the qube to MARK.
+    """A way out: the words for its button, and what that does, with the rule ``key``, ``options`` to SET, or
+    the ``qube`` to MARK. ``command`` is the way out as it was given.
     """
 
     label: str
@@ -40,6 +39,7 @@ class Remedy(NamedTuple):
     key: Key | None
     options: tuple[Option, ...]
     command: str
+    qube: str = ""
 
 
 def remedy(command: Command) -> Remedy:
@@ -53,9 +53,10 @@ def remedy(command: Command) -> Remedy:
             label = _("Apply") if is_apply else _("Resume…")
             return Remedy(label, Act.APPLY if is_apply else Act.RESUME, None, (), text)
         if verb == "tunnel" and len(words) == 2 and words[0] == "mark":
-            return Remedy(_("Mark {qube} as a tunnel").format(qube=words[1]), Act.MARK, None, (), text)
+            label = _("Mark {qube} as a tunnel").format(qube=words[1])
+            return Remedy(label, Act.MARK, None, (), text, words[1])
         if len(words) == 2 and verb in _ACTS:
-            return Remedy(_label(verb, text), _ACTS[verb], (QubeName(words[0]), words[1]), (), text)
+            return Remedy(_label(verb, words), _ACTS[verb], (QubeName(words[0]), words[1]), (), text)
         if len(words) == 3 and verb == "set":
             return _setting((QubeName(words[0]), words[1]), words[2], text)
     return Remedy(_("Copy “{command}”").format(command=text), Act.COPY, None, (), text)
@@ -64,10 +65,10 @@ def remedy(command: Command) -> Remedy:
 _ACTS = {"confirm": Act.CONFIRM, "enable": Act.ENABLE, "disable": Act.DISABLE, "remove": Act.REMOVE}
 
 
-def _label(verb: str, text: str) -> str:
+def _label(verb: str, rule: list[str]) -> str:
     if verb == "disable":
         # It is another rule that is in the way.
-        return _("Disable {rule}").format(rule=text.removeprefix("qvm-forward disable "))
+        return _("Disable {rule}").format(rule=" ".join(rule))
     return {"confirm": _("Confirm…"), "enable": _("Enable"), "remove": _("Remove…")}[verb]
 
 
