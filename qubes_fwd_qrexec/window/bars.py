@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What stands above the list: how many ports are open and to whom, and a bar for each `Alert`."""
+"""The bars above the list: how many ports are open and to whom, and a bar for each `Alert`."""
 
 from collections.abc import Callable, Iterable
 

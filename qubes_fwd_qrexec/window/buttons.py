@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The buttons for one rule. Each stays where it is, so that no click meets another one than the user saw."""
+"""The buttons for one rule. Each keeps its place, so no click hits another button than the user saw."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Findings and steps below each other: a sign and a word, what was looked at, what was found, what helps."""
+"""A list of checks: for each its verdict, what was checked, what was found, and buttons for what helps."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

@@ -90,7 +90,7 @@ class Detail:
 
     def _ended(self, _widget: Gtk.Widget) -> None:
         self._end()
-        self._key = None
+        self._key = self._about = None
         self._portions.stop()
 
     def _follow(self) -> None:

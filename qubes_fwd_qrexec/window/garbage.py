@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""When a program of the window looks for garbage: in its main thread alone, and mostly among what is new.
+"""Garbage collection of the window's programs: in the main thread only, and mostly of what is new.
 
-Python itself looks in whatever thread makes something. A widget that it finds in a worker is destroyed there,
-beside the main loop, and GTK takes no calls of other threads. It also looks at all that there is, and holds
-its lock for up to a quarter of a second with many rules.
+Python itself collects in whichever thread allocates. A widget that is collected in a worker is destroyed
+there, beside the main loop, and GTK takes no calls from other threads. Python also looks at everything there
+is, and with many rules holds its lock for up to a quarter of a second.
 """
 
 import gc
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 ALL_EVERY_S = 600.0
-"""How often all is looked at, also what was in use for long, such as dialogs."""
+"""How often everything is looked at, also what was long in use, such as dialogs."""
 
 
 class _State:
@@ -21,7 +21,7 @@ class _State:
 
 
 def begin(clock: Callable[[], float] = time.monotonic) -> None:
-    """Have garbage looked for by `collect` alone, and never among what there is now: modules, mostly."""
+    """Have only `collect` collect garbage, and leave alone what is there now: modules, mostly."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -29,7 +29,7 @@ def begin(clock: Callable[[], float] = time.monotonic) -> None:
 
 
 def collect(clock: Callable[[], float] = time.monotonic) -> None:
-    """Look for garbage, if nobody else does. For the main thread."""
+    """Collect garbage, unless Python does so itself. Only the main thread may call this."""
     if gc.isenabled():
         return
     now = clock()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What stands beside the list while a whole group is chosen there: a target, or the rules that have ended."""
+"""The pane shown while a whole group is chosen in the list: a target, or the rules that have ended."""
 
 from collections.abc import Callable
 

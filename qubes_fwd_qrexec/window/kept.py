@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Widgets that are kept while what they show changes, so that focus and place stay where the user has them.
+"""Widgets that stay while what they show changes, so the user keeps focus and scroll position.
 
-Only what differs is given to GTK.
+GTK is given only what differs.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping

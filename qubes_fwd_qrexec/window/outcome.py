@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What came of a change, in a bar that stays until somebody closes it, and so says when that was."""
+"""The outcome of a change, in a bar that stays until it is closed, and therefore says when that was."""
 
 import time
 from collections.abc import Callable

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What stands in place of the list where there is nothing to list: why, and what helps."""
+"""What is shown in place of an empty list: why it is empty, and what helps."""
 
 from collections.abc import Callable
 from enum import Enum, auto

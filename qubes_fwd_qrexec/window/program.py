@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where the programs of the window begin: the command line, and what must be there to show anything."""
+"""The start of both programs: the command line, and what must be there to show anything."""
 
 import argparse
 import hashlib

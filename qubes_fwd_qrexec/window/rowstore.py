@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The rows of the list as a tree of GTK, made equal to what is to be shown by as few changes as there are.
+"""The rows of the list as a GtkTreeStore, brought up to date by as few changes as possible.
 
-What stays is not touched, so whoever looks at the list keeps what is selected, focused and folded.
+What stays is not touched, so the view keeps what is selected, focused and folded.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

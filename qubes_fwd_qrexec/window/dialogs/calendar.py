@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.window.model.draft import Draft, Ends, clock_text
 from qubes_fwd_qrexec.window.model.words import _
 from qubes_fwd_qrexec.window.widgets import GAP, column, label, named, row
 
-from .fields import Changed, Entry, Radios, Section
+from .fields import Changed, Radios, Section, TextField
 
 
 class HowLong(Section):
@@ -25,7 +25,7 @@ class HowLong(Section):
     def __init__(self, changed: Changed) -> None:
         self._changed = changed
         self._calendar = Calendar(self._take)
-        self._until = Entry(
+        self._until = TextField(
             _("Until"),
             "",
             self._typed,

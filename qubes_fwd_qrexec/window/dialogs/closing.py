@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The dialog *Close everything*: one question, and then what the process that does it says, as it comes."""
+"""The dialog *Close everything*: one question, then the output of the process that does it, as it comes."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The whole way of a forward, step by step as each comes, up to the first fault.
+"""A forward tried from end to end: each step is shown as it comes, up to the first fault.
 
 A step asks qubes and may take seconds. Each is asked for when the one before it is shown, so that closing the
 window leaves one question behind at most.

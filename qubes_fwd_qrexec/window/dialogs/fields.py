@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The kinds of fields that a form is made of. Each has a name that is read out, and says itself what is wrong
+"""The kinds of fields that a form is made of. Each has a name for screen readers, and shows what is wrong
 with it: by a text below, by a border, and to assistive technology.
 """
 
@@ -69,7 +69,22 @@ class Field:
         self._focused[0].grab_focus()
 
 
-class Entry(Field):
+class _TypedField(Field):
+    """A field with an entry to type in."""
+
+    _entry: Gtk.Entry
+
+    @property
+    def text(self) -> str:
+        return self._entry.get_text()
+
+    @text.setter
+    def text(self, text: str) -> None:
+        if text != self._entry.get_text():
+            self._entry.set_text(text)
+
+
+class TextField(_TypedField):
     """A line of text. ``beside`` stands at its right."""
 
     def __init__(
@@ -88,15 +103,6 @@ class Entry(Field):
         box.pack_start(self._entry, width < 0, width < 0, 0)
         box.reorder_child(self._entry, 0)
         super().__init__(name, mnemonic, box, named(self._entry, name))
-
-    @property
-    def text(self) -> str:
-        return self._entry.get_text()
-
-    @text.setter
-    def text(self, text: str) -> None:
-        if text != self._entry.get_text():
-            self._entry.set_text(text)
 
     def hint(self, text: str) -> None:
         """Say in the empty field what it stands for."""
@@ -184,7 +190,7 @@ class Switch(Field):
         self._box.set_active(is_on)
 
 
-class NameEntry(Field):
+class NameField(_TypedField):
     """A name that can be typed, completed or chosen from many, such as that of a qube.
 
     A combo box would take a tenth of a second to open its menu of 200 names.
@@ -205,15 +211,6 @@ class NameEntry(Field):
         self._control = row(named(self._entry, name), self._list, gap=0)
         self._control.get_style_context().add_class("linked")
         super().__init__(name, mnemonic, row(self._control, *beside), self._entry)
-
-    @property
-    def text(self) -> str:
-        return self._entry.get_text()
-
-    @text.setter
-    def text(self, text: str) -> None:
-        if text != self._entry.get_text():
-            self._entry.set_text(text)
 
     def show_control(self, is_shown: bool) -> None:
         """Show it, or only what stands beside it."""

@@ -14,7 +14,7 @@ from qubes_fwd_qrexec.window.model.judgement import Judgement
 from qubes_fwd_qrexec.window.model.words import _
 from qubes_fwd_qrexec.window.widgets import GAP, button, column, label, row
 
-from .fields import Changed, Choice, Entry, NameEntry, Radios, Section, Switch, hidden
+from .fields import Changed, Choice, NameField, Radios, Section, Switch, TextField, hidden
 
 _NO_TARGETS = (ADMIN, TEMPLATE, REMOTE)
 
@@ -25,14 +25,14 @@ class What(Section):
     def __init__(self, changed: Changed) -> None:
         self._fixed = label(style="title")
         hidden(self._fixed)
-        self._qube = NameEntry(_("Qube"), _("_Qube:"), changed, beside=(self._fixed,))
+        self._qube = NameField(_("Qube"), _("_Qube:"), changed, beside=(self._fixed,))
         self._proto = Choice(
             _("Protocol"),
             _("Protoco_l:"),
             changed,
             {Proto.TCP: _("TCP"), Proto.UDP: _("UDP"), Proto.BOTH: _("TCP and UDP")},
         )
-        self._ports = Entry(
+        self._ports = TextField(
             _("Server port"),
             _("Server _port:"),
             changed,
@@ -64,7 +64,7 @@ class Reachable(Section):
 
     def __init__(self, changed: Changed) -> None:
         self._changed = changed
-        self._via = NameEntry(_("The other qube"), "", self._typed)
+        self._via = NameField(_("The other qube"), "", self._typed)
         self._inside = Switch(_("Only for qubes behind it"), _("Only for qubes _behind it"), changed)
         self._bypass = Switch(
             _("Bypass the tunnel, I accept the risk"), _("Bypass the tunnel, I accept the ris_k"), changed
@@ -72,7 +72,7 @@ class Reachable(Section):
         self._inside.widget.set_valign(Gtk.Align.CENTER)
         hidden(self._bypass.widget)
         self._where = Radios(_("Reachable at"), _("Reachable at:"), changed, _places(), self._placed)
-        self._ports = Entry(_("Exposed port"), _("Exposed por_t:"), changed, hint=_("the same"), width=14)
+        self._ports = TextField(_("Exposed port"), _("Exposed por_t:"), changed, hint=_("the same"), width=14)
         self.rows = (self._where, self._ports)
         self.fields = {
             "forwardtype": self._where,
@@ -143,13 +143,13 @@ class Who(Section):
 
     def __init__(self, changed: Changed) -> None:
         self._changed = changed
-        self._sources = Entry(
+        self._sources = TextField(
             _("Networks and qubes that may connect"), "", self._typed, hint=_("networks, such as 10.0.0.0/8")
         )
         self._presets = {network: Gtk.CheckButton(label=network) for network in PRESETS}
         for network, box in self._presets.items():
             box.connect("toggled", self._preset, network)
-        self._more = NameEntry(_("A qube or tag to let in"), "", lambda: None)
+        self._more = NameField(_("A qube or tag to let in"), "", lambda: None)
         self._let_in = hidden(row(self._more.widget, button(_("Let _in"), self._add)))
         self._warning = hidden(
             label(_("Anybody who can reach this port may connect."), wraps=True, style="anybody")
@@ -206,7 +206,7 @@ class Remark(Section):
     """The comment."""
 
     def __init__(self, changed: Changed) -> None:
-        self._comment = Entry(_("Comment"), _("Co_mment:"), changed)
+        self._comment = TextField(_("Comment"), _("Co_mment:"), changed)
         self.rows = (self._comment,)
         self.fields = {"comment": self._comment}
 
@@ -221,7 +221,7 @@ class Further(Section):
     """What most rules leave as it is."""
 
     def __init__(self, changed: Changed) -> None:
-        self._name = Entry(_("Name of the rule"), _("Name:"), changed, width=20)
+        self._name = TextField(_("Name of the rule"), _("Name:"), changed, width=20)
         self._mode = Choice(_("Mode"), _("Mo_de:"), changed, _modes())
         self._transport = Choice(_("Transport over qrexec"), _("Transport:"), changed, _transports())
         self._proxy = Choice(
@@ -230,10 +230,10 @@ class Further(Section):
             changed,
             {Proxy.OFF: _("None"), Proxy.V1: _("Version 1"), Proxy.V2: _("Version 2")},
         )
-        self._limits = Entry(
+        self._limits = TextField(
             _("Limits"), _("Limits:"), changed, hint="connections:1000,per-source:100,rate:50"
         )
-        self._listen = Entry(
+        self._listen = TextField(
             _("Listen only on this address"), _("Listen on:"), changed, hint=_("all addresses"), width=40
         )
         self._on_expire = Choice(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What would become of the fields of Add and Edit, shown below them, with buttons for what mends it."""
+"""What would become of a draft, shown below the fields of Add and Edit, with buttons for its mends."""
 
 from collections.abc import Callable, Iterable, Sequence
 

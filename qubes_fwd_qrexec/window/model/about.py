@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""All about one rule, as its pane shows it: computed from a look and the figures, in some milliseconds."""
+"""All that the details pane shows of one rule, computed from a look and the figures in a few milliseconds."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the window does to the system: each function blocks, and does what a command of qvm-forward does.
+"""Changes of the system: each function does what a command of qvm-forward does, and blocks meanwhile.
 
-It returns what that command would print, so that window and command line say the same. What opens or closes
-a rule takes what the user saw of it, and is refused if that is no longer so.
+It returns what that command would print, so the window and the command line say the same. A change of a rule
+takes what the user saw of it, and is refused if that is no longer so.
 """
 
 import io

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What somebody agrees to who confirms a rule: what it was made for, what would be, and what that opens."""
+"""What confirming a rule means: what it was approved for, what it would be now, and what that opens."""
 
 from collections.abc import Iterable
 from typing import NamedTuple

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What applies to the whole system and needs a word, such as a hold: as values, for the window's bars."""
+"""Alerts: what concerns the whole system, such as a hold, as values for the window's bars."""
 
 from collections.abc import Iterator, Sequence
 from enum import Enum, auto

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What any part of the window can ask of the application."""
+"""The commands that any part of the window can give; the application carries them out."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,7 +9,6 @@ from qubes_fwd_qrexec.admin.views.connected import Client
 from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.values import QubeName
 
-from .actions import Done
 from .remedies import Remedy
 
 
@@ -44,15 +43,6 @@ class Commands(Protocol):
     def resume(self) -> None: ...
 
     def apply(self) -> None: ...
-
-    def mark(self, qube: str) -> None:
-        """Mark a qube as a tunnel."""
-
-    def show(self, key: Key) -> None:
-        """Choose a rule in the list, whatever is filtered there."""
-
-    def tell(self, outcome: Done | Exception) -> None:
-        """Show what came of a change, below the bars of the main window."""
 
     def remedy(self, remedy: Remedy) -> None:
         """Take a way out."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the window shows of each rule, but for what the clock and a filter change: made once for each look, by
-the worker that looks, so that the main thread only chooses.
+"""What the window shows of each rule, except what depends on the time or a filter. It is made once for each
+look, in the worker that looks, so the main thread only selects.
 """
 
 from collections.abc import Mapping

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What qubes are told of rules now, and what policy allows, where that is not what the rules ask for."""
+"""What is in force where that is not what the rules ask for: in qubes' configurations, and in policy."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress

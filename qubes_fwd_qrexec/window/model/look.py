@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One look at the system: what the rules ask for, and what is not so."""
+"""One look at the system: rules, plan, and what is not in force as they ask for."""
 
 from collections.abc import Mapping
 from contextlib import suppress

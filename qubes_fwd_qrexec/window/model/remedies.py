@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Ways out as what the window can do about them: the command line prints commands, the window has buttons."""
+"""Remedies: where the command line prints commands as ways out, the window has buttons."""
 
 from enum import Enum, auto
 from typing import NamedTuple

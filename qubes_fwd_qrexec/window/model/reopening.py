@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What would open again if the hold were lifted, as it is shown before somebody agrees to that."""
+"""What would open again if the hold were lifted, shown before the user agrees to that."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

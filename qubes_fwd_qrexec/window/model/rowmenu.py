@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What can be done with a rule or a group of the list, as its context menu says it."""
+"""The context menu of a rule or a group of the list, as values."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
