@@ -48,6 +48,8 @@ class Manager:
         self.board = Board(start.open_backend, deliver, later)
         self.window = MainWindow(self.board, self, self.close)
         self.widget = self.window.widget
+        self._editor = Editor(self.board, self.tell)
+        self._diagnoses: dict[Key, Diagnosis] = {}
         self._closing = Closing(start.lab, resume=self.resume)
         self._forget = self.board.subscribe(self.window.show)
         self._visibility = Visibility(self.widget, self.board.be_seen)
@@ -77,10 +79,10 @@ class Manager:
             self.window.outcome.show(outcome)
 
     def add(self, target: QubeName | None = None) -> None:
-        Editor(self.board, self.tell).add(self.widget, target)
+        self._editor.add(self.widget, target)
 
     def edit(self, key: Key, options: Sequence[Option] = ()) -> None:
-        Editor(self.board, self.tell).edit(self.widget, key, options)
+        self._editor.edit(self.widget, key, options)
 
     def extend(self, key: Key, seconds: int = 3600) -> None:
         self._open(key, partial(actions.extend, seconds=seconds))
@@ -101,7 +103,13 @@ class Manager:
         Cutting(self.board, self.tell).open(self.widget, key, client)
 
     def diagnose(self, key: Key) -> None:
-        Diagnosis(self.board, self).open(self.widget, key)
+        """There is one diagnosis of a rule at a time, and no second click begins another."""
+        if (found := self._diagnoses.get(key)) is not None:
+            found.widget.present()
+            return
+        self._diagnoses[key] = diagnosis = Diagnosis(self.board, self)
+        diagnosis.widget.connect("destroy", lambda _: self._diagnoses.pop(key))
+        diagnosis.open(self.widget, key)
 
     def close_everything(self) -> None:
         self._closing.open(self.widget)
@@ -148,10 +156,11 @@ class Manager:
             self._change(key, change)
 
     def _change(self, key: Key, change: Callable[..., Done]) -> None:
-        """Change a rule as it is shown now; one that is gone since then is no error."""
+        """Change a rule if it is still what the user saw: what its pane shows may be older than the look."""
         look = self.board.look
         if look is not None:
-            self._do(partial(change, key=key, seen=Seen.of(look.snapshot, key)))
+            seen = self.window.seen(key) or Seen.of(look.snapshot, key)
+            self._do(partial(change, key=key, seen=seen))
 
     def _do(self, change: Callable[..., Done]) -> None:
         """Change something, after all that was asked for before; the same again at once asks for nothing."""

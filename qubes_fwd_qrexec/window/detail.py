@@ -7,6 +7,7 @@ What is shown is computed by a worker after each look and figures. Widgets stay,
 from collections.abc import Iterator
 from functools import partial
 
+from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.states import Key
 
 from . import cells
@@ -79,6 +80,10 @@ class Detail:
             self._content.set_sensitive(False)
             self.widget.get_vadjustment().set_value(0)
         self._follow()
+
+    def seen(self, key: Key) -> Seen | None:
+        """What is shown of a rule; None if it shows another one, or nothing."""
+        return self._about.seen if self._about is not None and self._about.key == key else None
 
     def be_below(self, *, is_below: bool) -> None:
         """Take as little height as there is where the pane stands below the list."""

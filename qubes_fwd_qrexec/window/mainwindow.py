@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator
 
+from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.states import Key
 from qubes_fwd_qrexec.admin.watch import next_end
 
@@ -185,6 +186,10 @@ class MainWindow:
         if not (look.plan.forwards or look.plan.broken):
             return Lack.NO_RULES
         return None if self._groups else Lack.NONE_FITS
+
+    def seen(self, key: Key) -> Seen | None:
+        """What is shown of a rule beside the list; None if that is about another one."""
+        return self._detail.seen(key)
 
     def choose(self, key: Key) -> None:
         """Show a rule, whatever the filters are."""

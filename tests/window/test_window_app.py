@@ -89,6 +89,44 @@ def test_what_needs_a_word_opens_a_dialog_and_changes_nothing(
     assert lab.features("work") == was
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda manager: manager.add(),
+        lambda manager: manager.edit(WEB),
+        lambda manager: manager.diagnose(WEB),
+    ],
+)
+def test_a_double_click_opens_one_dialog(running: Running, ask: Callable[[Manager], None]) -> None:
+    ask(running.manager)
+    ask(running.manager)
+    until(running.dialogs)
+    settle()
+    (dialog,) = running.dialogs()
+    dialog.destroy()
+    ask(running.manager)
+    until(running.dialogs)
+    assert len(running.dialogs()) == 1
+
+
+def test_what_the_pane_shows_is_changed_and_nothing_else_though_there_is_a_newer_look(
+    running: Running, lab: LabDirectory, forward: Command
+) -> None:
+    forward("disable", "work", "web")
+    running.look()
+    running.manager.show(WEB)
+    until(lambda: running.says("192.168.0.0/16 may connect, nobody else"))
+    forward("set", "work", "web", "srchosts=10.0.0.0/8")
+    running.look()  # what the pane shows of it is computed now
+    was = lab.features("work")["forward.web"]
+    running.manager.enable(WEB)
+    until(lambda: running.says("work web was not enabled") or running.says("work web is enabled"))
+    assert lab.features("work")["forward.web"] == was
+    until(lambda: running.says("10.0.0.0/8 may connect, nobody else"))
+    running.manager.enable(WEB)
+    until(lambda: "enabled=no" not in lab.features("work")["forward.web"])
+
+
 def test_a_change_is_done_and_what_came_of_it_is_shown(running: Running, lab: LabDirectory) -> None:
     running.manager.disable(WEB)
     until(lambda: running.says("disabled"))
