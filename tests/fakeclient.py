@@ -18,6 +18,11 @@ os.environ["QREXEC_AGENT_PID"] = str(os.getpid())
 udp = ["--udp"] if service.startswith("qubes.ForwardUDP+") else []
 if mode == "serve" or (mode.startswith("flows") and not udp):
     os.execv(sys.executable, [sys.executable, "-m", "qubes_fwd_qrexec.service", *udp, argument])
+elif mode == "leased":  # our service, whose lease is over while a file says so
+    from qubes_fwd_qrexec import service
+    from qubes_fwd_qrexec.target import callservice
+    callservice.Lease.left_s = property(lambda _: -1.0 if os.path.exists(calls + ".over") else 0.02)
+    sys.exit(service.main([*udp, argument]))
 elif mode.startswith("mux"):  # our service, with constants of its own
     from qubes_fwd_qrexec import service
     from qubes_fwd_qrexec.target import callservice, muxservice
@@ -118,10 +123,14 @@ else:
 
 
 class FakeClient:
-    """A stand-in for qrexec-client-vm; ``command`` starts it, ``calls`` says which calls it was asked for."""
+    """A stand-in for qrexec-client-vm; ``command`` starts it, ``calls`` says which calls it was asked for.
+
+    In the mode ``leased`` the lease of each call is over while there is the file ``over``.
+    """
 
     def __init__(self, directory: Path, mode: str) -> None:
         self._calls = directory / "calls"
+        self.over = directory / "calls.over"
         script = directory / "qrexec-client-vm"
         script.write_text(_CLIENT)
         self.command = (sys.executable, str(script), mode, str(self._calls))

@@ -181,14 +181,16 @@ async def test_a_flow_begins_anew_when_the_header_in_front_of_its_datagrams_chan
 
 async def test_a_flow_outlives_the_lease_of_its_call(tmp_path: Path, udp_server: UdpServer) -> None:
     """The target ends the call, which is not renewed; the next datagram asks dom0 for another one."""
-    port, client = free_udp_port(), FakeClient(tmp_path, "mux LEASE_S=1")
+    port, client = free_udp_port(), FakeClient(tmp_path, "leased")
     write_udp_config(tmp_path / "config", port, udp_server.port)
     waits = CallWaits(again_s=0.0)
     async with running_listener(tmp_path / "config", client.command, waits=waits) as listener:
         with UdpClient(port) as near:
             near.send(b"x")
             assert await udp_server.answer() == await near.hear() == b"x"
+            client.over.touch()
             await until(lambda: not listener.report().forwards[0].mux_calls)
+            client.over.unlink()
             assert forward_of(listener).connections == 1
             near.send(b"y")
             assert await udp_server.answer() == await near.hear() == b"y"

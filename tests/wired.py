@@ -219,6 +219,13 @@ class Wired:
     def _settle(self) -> None:
         settle(self.places.entering(qube) for qube in self._taps)
 
+    def pass_through(self) -> None:
+        """Wait until whatever packets are on their way between qubes have come to its end."""
+        for _ in self._taps:  # as many steps as a way can have
+            for cpu in os.sched_getaffinity(0):
+                with _on_cpu(cpu):
+                    self._queue.pass_through()
+
     def halt(self, name: str) -> None:
         self.change(name, state=QubeState.HALTED)
 
@@ -256,7 +263,10 @@ class Wired:
         That is ``answered by QUBE``; ``refused by QUBE``, by a RST or an ICMP message; ``dropped in QUBE``;
         or ``answer dropped in QUBE``. ``source`` may be any address, also another qube's.
         """
-        with self._client(proto, qube, address, source, source_port) as sock, _on_one_cpu():
+        with (
+            self._client(proto, qube, address, source, source_port) as sock,
+            _on_cpu(min(os.sched_getaffinity(0))),
+        ):
             for tap in self._taps.values():
                 read(tap)
             return self._outcome(proto, qube, sock, (address, port))
@@ -334,9 +344,9 @@ def _said(proto: str, sock: socket.socket) -> str:
 
 
 @contextmanager
-def _on_one_cpu() -> Iterator[None]:
+def _on_cpu(cpu: int) -> Iterator[None]:
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
+    os.sched_setaffinity(0, {cpu})
     try:
         yield
     finally:

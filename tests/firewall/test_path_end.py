@@ -35,11 +35,13 @@ def test_when_the_end_comes_the_kernel_stops_live_connections_too(wired: Wired, 
             client.sendall(b".")
             with suppress(BlockingIOError):
                 sock.recv(1 << 16)
+    wired.pass_through()
     for client, sock, at in zip(clients, taken, FAMILIES, strict=True):
         with suppress(BlockingIOError):
             while sock.recv(1 << 16):
                 pass
         client.sendall(b"late")
+        wired.pass_through()
         assert wired.send("tcp", LAN, at.net, EXPOSED, at.lan) == f"dropped in {over}"
         with pytest.raises(BlockingIOError):
             sock.recv(1 << 16)
