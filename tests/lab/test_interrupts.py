@@ -43,8 +43,8 @@ class Terminal:
     def __init__(self, words: list[str], **environment: str) -> None:
         self._master, slave = os.openpty()
         self.process = subprocess.Popen(
-            # The terminal tells the session that it is closed.
-            ["setsid", "--ctty", *words],
+            # The terminal tells the session that it is closed, also where nohup(1) runs the tests.
+            ["env", "--default-signal=HUP", "setsid", "--ctty", *words],
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -170,7 +170,6 @@ def test_listen_that_is_ended_before_all_is_ready_leaves_nothing(
 
 def test_program_in_a_qube_ends_with_the_terminal_that_it_was_started_in(lab: LabDirectory) -> None:
     daemon.start(lab, daemon.Network.LOOPBACK)
-    # The kernel cuts a terminal off before it tells the session: who reads may find the end first, and end.
     words = ("run", "work", "--", "sh", "-c", "echo begun; exec sleep 1000")
     with in_terminal(*LAB, "--lab", str(lab.root), *words) as terminal:
         terminal.read_until("begun")
