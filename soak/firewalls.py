@@ -25,10 +25,10 @@ from qubes_fwd_qrexec.system.conntrack import Connection
 
 _MODULE = "qubes_fwd_qrexec.firewall.keeper"
 # Far more than it takes on a machine that is not busy.
-_READY_S = 30.0
+_READY_S = 120.0
 _LOOK_S = 0.02
-_ANSWER_S = 20.0
-_PROGRAM_S = 20.0
+_ANSWER_S = 120.0
+_PROGRAM_S = 120.0
 # How far the end of a guard may be ahead; it is rounded up to a whole hour.
 _GUARD_S = HELD_FLOWS_S + 3600
 

@@ -51,7 +51,7 @@ _OPENINGS = ("one network", "all networks", "one network for a while", "all netw
 _EXPIRE_S = (1, 4)
 # Calm comes so often, and then what is open must be reached.
 _CALM_EACH_S = 15.0
-_CALM_S = 30.0
+_CALM_S = 120.0
 _LOOK_S = 0.05
 # What was over before that is judged no more.
 _MEMORY_S = 60.0

@@ -35,7 +35,7 @@ _WORKERS = 16
 _CALM_S = 12.0
 _STORM_S = 6.0
 _KILL_S = (0.1, 1.5)
-_SETTLE_S = 20.0
+_SETTLE_S = 120.0
 # Memory that an allocator keeps is no leak yet. Measured: under 2 MiB after the first calm.
 _MEMORY_KIB = 6144
 # A service lives from storm to storm, so this is what half a calm adds on average. Measured: under 300.
@@ -166,7 +166,7 @@ class Soak:
 
     async def _held(self) -> dict[str, Any]:
         """What listener, lab and services hold."""
-        held = await trio.to_thread.run_sync(self._exposed.ask, {}, 10.0)
+        held = await trio.to_thread.run_sync(self._exposed.ask, {}, _SETTLE_S)
         del held["reports"]
         services = self._services()
         return held | {

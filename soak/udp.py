@@ -43,7 +43,7 @@ _IDLE_S = (0.5, 2.0)
 _BETWEEN_S = 0.4
 # How long nothing has moved when a storm is over. The target reports what it dropped within two seconds.
 _STILL_S = 2.5
-_SETTLE_S = 30.0
+_SETTLE_S = 120.0
 # Memory that an allocator keeps is no leak yet.
 _MEMORY_KIB = 6144
 _LOOK_S = 0.1

@@ -36,10 +36,10 @@ _SERVER_FLOOD, _CLIENT_FLOOD = 1500, 1500
 _OFF_S = (0.1, 1.0)
 _EXPIRE_S = 2
 # The listener looks at its clock twice a second, and this machine may be busy.
-_NOTICE_S = 5.0
+_NOTICE_S = 30.0
 _LOOK_S = 0.1
-_GONE_S = 20.0
-_REVOKE_S = 10.0
+_GONE_S = 120.0
+_REVOKE_S = 120.0
 # So many flows must be answered while they drain. The others, which were there before, may.
 _DRAINED = 3
 _REFUSED = frozenset(str(reason) for reason in NotAdmitted)

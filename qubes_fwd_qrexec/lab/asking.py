@@ -11,7 +11,7 @@ from qubes_fwd_qrexec.system.unixsockets import socket_address
 from .directory import LabDirectory
 
 PACKET_MAX = 65536
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 
 
 class DownError(StoreError):

@@ -41,7 +41,7 @@ from .wires import Wires
 _log = logging.getLogger("qubes_fwd_qrexec.lab")
 _READY = b"ready"
 _UP_TIMEOUT_S = 60.0
-_DOWN_TIMEOUT_S = 20.0
+_DOWN_TIMEOUT_S = 60.0
 _POLL_S = 0.02
 _DIRECTORY_S = 0.5
 _LOCK_PATIENCE_S = 1.0

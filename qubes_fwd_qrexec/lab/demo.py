@@ -22,7 +22,7 @@ from .store import LabStore
 
 _PAGE = "Hello from the qube 'work'. No IP packet can reach me.\n"
 _POLL_S = 0.05
-_PAGE_TIMEOUT_S = 20.0
+_PAGE_TIMEOUT_S = 60.0
 # How long one waits who is not to get an answer.
 _REFUSAL_TIMEOUT_S = 0.5
 # A client that says where it connects from, and prints the page or why there is none.

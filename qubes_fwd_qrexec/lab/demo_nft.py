@@ -11,7 +11,7 @@ from .session import LabSession, output_of
 _TARGET = "work"
 _PATH = (_TARGET, "sys-firewall", netns.EDGE)
 _TCP_PORT, _UDP_PORT = "8081", "5000"
-_ANSWER_TIMEOUT_S = 20.0
+_ANSWER_TIMEOUT_S = 60.0
 # How long one waits who is not to get an answer.
 _REFUSAL_TIMEOUT_S = 0.5
 # Greets by TCP, and by UDP gives back what it gets, on all addresses.
@@ -33,20 +33,27 @@ while True:
             with connection:
                 connection.sendall(f"Hello from the qube 'work' to {peer[0]}.\\n".encode())
 """
-# Says what came back, or why nothing did.
+# Asks until it is answered, as a busy machine's qubes may not all be open yet, and says what came back or why
+# nothing did.
 _CLIENT = """\
-import socket, sys
+import socket, sys, time
 kind, host, port, source, timeout = sys.argv[1:]
-try:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM if kind == "udp" else socket.SOCK_STREAM)
-    sock.settimeout(float(timeout))
-    sock.bind((source, 0))
-    sock.connect((host, int(port)))
-    if kind == "udp":
-        sock.send(b"a datagram")
-    print(sock.recv(2048).decode().strip())
-except OSError as error:
-    sys.exit(f"no answer: {error.strerror or error}")
+until = time.monotonic() + float(timeout)
+type = socket.SOCK_DGRAM if kind == "udp" else socket.SOCK_STREAM
+while True:
+    try:
+        with socket.socket(socket.AF_INET, type) as sock:
+            sock.settimeout(min(2.0, float(timeout)))
+            sock.bind((source, 0))
+            sock.connect((host, int(port)))
+            if kind == "udp":
+                sock.send(b"a datagram")
+            print(sock.recv(2048).decode().strip())
+        break
+    except OSError as error:
+        if time.monotonic() > until:
+            sys.exit(f"no answer: {error.strerror or error}")
+        time.sleep(0.1)
 """
 
 

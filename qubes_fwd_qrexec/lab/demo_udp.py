@@ -9,7 +9,7 @@ from .narration import Narrator, check
 from .session import LabSession, output_of
 
 _TARGET = "vault"
-_ANSWER_TIMEOUT_S = 20.0
+_ANSWER_TIMEOUT_S = 60.0
 # How long one waits who is not to get an answer.
 _REFUSAL_TIMEOUT_S = 0.5
 # Gives back what it gets, on the qube's own loopback.

@@ -14,7 +14,7 @@ from pathlib import Path
 # Names the directory of the process's qube.
 VARIABLE = "QUBES_LAB_QUBE"
 _GRACE_S = 2.0
-_END_TIMEOUT_S = 10.0
+_END_TIMEOUT_S = 60.0
 _POLL_S = 0.02
 
 

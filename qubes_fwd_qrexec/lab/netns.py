@@ -51,7 +51,8 @@ _CLONE_NEWNET = 0x40000000
 # linux/sockios.h and linux/if.h.
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
-_TIMEOUT_S = 20.0
+# Far more than a busy machine takes.
+_TIMEOUT_S = 120.0
 _MESSAGE_MAX = 400
 _PACKAGES = {"ip": "iproute2", "nft": "nftables"}
 

@@ -22,7 +22,8 @@ from .directory import LabDirectory
 from .interrupts import deferred_signals, ignore_signals
 from .knobs import PATIENCE_MAX, Knobs
 
-_COMMAND_TIMEOUT_S = 30.0
+# Far more than a busy machine takes, and than any command waits by itself.
+_COMMAND_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 5.0
 
 

@@ -22,7 +22,7 @@ from .directory import LabDirectory
 from .inhabitants import VARIABLE, inhabitants, setting
 from .interrupts import deferred_signals, ignore_signals
 
-READY_TIMEOUT_S = 20.0
+READY_TIMEOUT_S = 60.0
 _LOCK = "units.lock"
 _LOCK_TIMEOUT_S = 2 * READY_TIMEOUT_S
 # Says of a process which unit it belongs to.
