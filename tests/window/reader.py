@@ -37,6 +37,8 @@ _EVENTS = (
 )
 _TABS_MAX = 60
 _QUIET_MS = 500
+# Not all that changes is told, above all while a program and the bus begin to know each other.
+_LOOK_MS = 1000
 # What has a text beside its name. Asking everything whether it has one takes most of the time.
 _WITH_TEXT = frozenset({"entry", "password text", "spin button", "text"})
 BUTTONS = frozenset({"push button", "toggle button"})
@@ -105,6 +107,7 @@ class Reader:
         context = GLib.MainContext.default()
         over: list[bool] = []
         source = GLib.timeout_add(int(BOUND_S * 1000), lambda: over.append(True) or True)
+        looks = GLib.timeout_add(_LOOK_MS, lambda: True)
         try:
             while not (found := wanted()):
                 assert not (why := self.why_in_vain()), f"not so: {what}; {why}"
@@ -115,6 +118,7 @@ class Reader:
             return found
         finally:
             GLib.source_remove(source)
+            GLib.source_remove(looks)
 
     def seen(self, window: str | None = None) -> list[Seen]:
         """All that is to be seen in all windows, or in those with this title."""
