@@ -32,6 +32,9 @@ _LAST_WORDS_S = 0.8
 _LAST_WORDS_LOOK_S = 0.005
 # docs/behaviours.md, 13: how long the last bytes of a peer that is gone may wait until they are taken.
 _STALLED_GONE_S = 10.0
+# How long the last bytes of a stream that is over may wait for the local peer once its call is over, too: as
+# long as connections may finish when a listener stops.
+_LAST_BYTES_S = 60.0
 # Reading or writing also shows that the peer is gone.
 _READABLE = READ | GONE
 _WRITABLE = WRITE | GONE
@@ -90,6 +93,11 @@ class Leg(WatchedSocket):
     def is_half_closed(self) -> bool:
         """Whether one direction has ended, so that only the other one, or the last bytes, are awaited."""
         return self.has_eof or self._sent_eof
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether both directions have ended, so that only the last bytes wait for the local peer."""
+        return self.has_eof and self._sent_eof
 
     @property
     def is_broken(self) -> bool:
@@ -380,6 +388,10 @@ class Leg(WatchedSocket):
         self._watch(READ | WRITE if self.pending else READ)
         self._last_words(_LAST_WORDS_LOOK_S, time.monotonic() + _LAST_WORDS_S)
 
+    def outlive_call(self) -> None:
+        """The call is over, and this stream `has_ended` before it: the local peer still gets the rest."""
+        self._after(_LAST_BYTES_S, self.abort_from_here)
+
     def _last_words(self, look_s: float, deadline: float) -> None:
         """An RST makes the kernel drop what is not acknowledged, so wait for that."""
         left_s = deadline - time.monotonic()
@@ -399,7 +411,7 @@ class Leg(WatchedSocket):
             self.abort_from_here()
 
     def _close_if_done(self) -> None:
-        if self.has_eof and self._sent_eof and self.pending is None and self.ended is None:
+        if self.has_ended and self.pending is None and self.ended is None:
             self.ended = LegEnd.DONE
             self._close(is_clean=True)
 

@@ -292,4 +292,5 @@ class Mux(MuxBase):
 
     def _abort_all(self, code: GoawayCode) -> None:
         for leg in list(self.legs.values()):
-            self.loop.guarded(leg.fail, leg.abort_from_there)
+            is_done = code is GoawayCode.DONE and leg.has_ended
+            self.loop.guarded(leg.fail, leg.outlive_call if is_done else leg.abort_from_there)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Protocol
 
 from qubes_fwd_qrexec.common.errors import RemoteProtocolError
-from qubes_fwd_qrexec.mux import Goaway, GoawayCode, Hello
+from qubes_fwd_qrexec.mux import Goaway, GoawayCode, Hello, Role
 
 from .callwriter import CallWriter, Queued
 from .loop import READ, Loop
@@ -36,6 +36,8 @@ def new_buffer(size: int) -> memoryview:
 
 class _Endpoint(Queued, Protocol):
     """The protocol's state of either kind of call."""
+
+    role: Role
 
     @property
     def peer(self) -> Hello | None: ...
@@ -233,8 +235,15 @@ class MuxBase(ABC):
             return
         if self._endpoint.is_over:
             self._end(None)
-        elif self._endpoint.is_drained and self._is_empty:
+        elif self._is_empty and self._may_close:
             self.close()
+
+    @property
+    def _may_close(self) -> bool:
+        """Whether it drains, and the other end needs nothing more. A target that answers no RESET would hold
+        the call of a listener for ever."""
+        endpoint = self._endpoint
+        return endpoint.is_drained or (endpoint.is_draining and endpoint.role is Role.LISTENER)
 
     def _call_broken(self) -> None:
         """The call takes nothing more. What it still has for us comes first: above all, why."""

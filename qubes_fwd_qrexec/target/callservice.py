@@ -141,15 +141,14 @@ class CallService(_Hears, ABC):
             left_s = max(left_s, _LOOK_AT_DRAIN_S)  # until its deadline, or until dom0 decides otherwise
         if left_s > 0:
             self.loop.after(left_s, self._look_at_lease, self._mux.fail)
-        elif not self.is_over:
+        else:
             self.take_no_more()
             if self.carries_any:
                 self._cut(GoawayCode.LEASE_OVER)
 
     def _cut(self, code: GoawayCode) -> None:
-        if not self.is_over:
-            self._let_go()
-            self._mux.close(code)
+        self._let_go()
+        self._mux.close(code)  # even if it is over: connections may still have last bytes to write
 
     # As the owner of the mux; see `_Hears`
 
