@@ -227,7 +227,7 @@ class Endpoint(ABC, Generic[_AnyEvent]):
         self.version = version
         self._max_slots = max(self._max_slots, peer.max_streams)
         self.control_bound_bytes = self._control_bound()
-        return HelloReceived(peer, version)
+        return HelloReceived(peer)
 
     def _on_ping(self, payload: bytes) -> None:
         # The peer may not ping again before it has our answer, which is still queued here.

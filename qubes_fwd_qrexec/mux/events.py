@@ -15,7 +15,6 @@ class HelloReceived:
     """The peer is there and has a version in common; streams or flows may be opened from now on."""
 
     hello: Hello
-    version: int
 
 
 @dataclass(slots=True)

@@ -24,8 +24,8 @@ def test_hello_is_queued_at_once_and_makes_both_ready():
     listener, target = Connection(hello("listener"), PORTS), Connection(hello("target"), PORTS)
     assert not listener.is_ready
     assert listener.open_room == 0
-    assert feed(target, take(listener)) == [HelloReceived(hello("listener"), 2)]
-    assert feed(listener, take(target)) == [HelloReceived(hello("target"), 2)]
+    assert feed(target, take(listener)) == [HelloReceived(hello("listener"))]
+    assert feed(listener, take(target)) == [HelloReceived(hello("target"))]
     assert listener.is_ready
     assert target.is_ready
     assert (listener.role, target.role) == (Role.LISTENER, Role.TARGET)
