@@ -18,7 +18,13 @@ from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.report import Way
 from qubes_fwd_qrexec.common.rules import OnExpire
 from qubes_fwd_qrexec.common.values import Binding, IPAddress, unmapped
-from qubes_fwd_qrexec.relay.acceptloop import Acceptor, SocketAddress, address_of, close_listening
+from qubes_fwd_qrexec.relay.acceptloop import (
+    Acceptor,
+    AcceptTurns,
+    SocketAddress,
+    address_of,
+    close_listening,
+)
 from qubes_fwd_qrexec.relay.copy import abort
 from qubes_fwd_qrexec.relay.loop import Loop, Timer
 from qubes_fwd_qrexec.relay.patience import TICK_S
@@ -44,7 +50,7 @@ class TableMeans:
 
     process: Process = field(default_factory=Process)
     log: ConnectionLog = field(default_factory=ConnectionLog)
-    shortage: RateLimit = field(default_factory=RateLimit)
+    accepting: AcceptTurns = field(default_factory=AcceptTurns)
 
 
 class ConnectionTable:
@@ -105,7 +111,7 @@ class ConnectionTable:
         try:
             for binding, sock in sockets.items():
                 accepted = partial(self._accepted, binding)
-                self._acceptors[binding] = Acceptor(self._loop, sock, accepted, self._means.shortage)
+                self._acceptors[binding] = Acceptor(self._loop, sock, accepted, self._means.accepting)
                 opened.append(binding)
         except OSError:
             self.give_up(opened)

@@ -26,7 +26,8 @@ _logger = logging.getLogger(__name__)
 
 # The kernel's default limit (net.core.somaxconn) since Linux 5.4: a burst waits here and needs no retries.
 _BACKLOG = 4096
-# How many are accepted in one go before others get their turn. Each takes some 0.1 ms in all.
+# How many are accepted in one turn of the loop before others get theirs, or one at each socket if that is
+# more. Each takes some 0.1 ms in all.
 BURST = 16
 # docs/behaviours.md, 34: how long to wait until descriptors or memory are free.
 SHORTAGE_PAUSE_S = 0.2
@@ -102,12 +103,29 @@ def bind_trouble(error: OSError, address: IPAddress, port: int, proto: Proto = P
     return os.strerror(error.errno or 0)
 
 
+class AcceptTurns:
+    """What the listening sockets of a loop share: how many connections are accepted in one turn, however many
+    sockets have some. ``limit`` is for log lines about a shortage, which is one of the process."""
+
+    def __init__(self) -> None:
+        self.limit = RateLimit()
+        self._turn = -1
+        self._ready = self._before = 0
+
+    def share(self, turn: int) -> int:
+        """How many one that is ready may accept in this turn: most likely as many are as in the last one."""
+        if turn != self._turn:
+            self._before = self._ready if turn == self._turn + 1 else 0
+            self._turn, self._ready = turn, 0
+        self._ready += 1
+        return max(1, BURST // max(self._before, self._ready))
+
+
 class Acceptor:
     """Owns ``listening``, from `open_listening`, in a loop, and closes it with `close`. It passes every
     connection, non-blocking, to ``accepted``, which owns it from then on, with the client's address.
 
-    If ``accepted`` raises, that counts as a bug, and the connection is aborted. ``limit`` is for log lines
-    about a shortage; use the same one for all sockets of the process, as they share what they run short of.
+    If ``accepted`` raises, that counts as a bug, and the connection is aborted.
 
     Raises OSError when the kernel can watch no more sockets; ``listening`` is the caller's then.
     """
@@ -117,12 +135,12 @@ class Acceptor:
         loop: Loop,
         listening: socket.socket,
         accepted: Callable[[socket.socket, SocketAddress], None],
-        limit: RateLimit,
+        turns: AcceptTurns,
     ) -> None:
         self._loop = loop
         self._listening = listening
         self._accepted = accepted
-        self._limit = limit
+        self._turns = turns
         self._turn = -1
         loop.watch(listening.fileno(), READ, self._on_readable, self._pause)
 
@@ -139,7 +157,8 @@ class Acceptor:
     def _on_readable(self, _events: int) -> None:
         # After a pause it is mostly one client, and looking for another one would hold up its request. If
         # there are more, the next turn takes them together.
-        most = BURST if self._loop.turn == self._turn + 1 else 1
+        share = self._turns.share(self._loop.turn)
+        most = share if self._loop.turn == self._turn + 1 else 1
         self._turn = self._loop.turn
         for _ in range(most):
             try:
@@ -156,7 +175,8 @@ class Acceptor:
 
     def _failed(self, error: OSError) -> None:
         if error.errno in _SHORTAGE:
-            warn(_logger, self._limit, "shortage", f"cannot accept connections for now: {error.strerror}")
+            text = f"cannot accept connections for now: {error.strerror}"
+            warn(_logger, self._turns.limit, "shortage", text)
             self._pause()
         elif error.errno not in _PEERS_OWN:
             self._loop.bugs.note(error)  # unknown, but other connections may come all the same

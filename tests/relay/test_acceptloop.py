@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -18,6 +19,7 @@ from qubes_fwd_qrexec.common.values import address_text
 from qubes_fwd_qrexec.relay import acceptloop
 from qubes_fwd_qrexec.relay.acceptloop import (
     Acceptor,
+    AcceptTurns,
     BindError,
     SocketAddress,
     address_of,
@@ -25,7 +27,6 @@ from qubes_fwd_qrexec.relay.acceptloop import (
 )
 from qubes_fwd_qrexec.relay.loop import Loop
 from qubes_fwd_qrexec.system.bugs import Bugs
-from qubes_fwd_qrexec.system.logs import RateLimit
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ class Accepting:
         self.accepted: dict[SocketAddress, socket.socket] = {}
         self.listening = listening or open_listening(IPv4Address("127.0.0.1"), 0)
         self.port = port_of(self.listening)
-        self.acceptor = Acceptor(self.loop, self.listening, self.take, RateLimit())
+        self.acceptor = Acceptor(self.loop, self.listening, self.take, AcceptTurns())
 
     def take(self, sock: socket.socket, peer: SocketAddress) -> None:
         self.accepted[peer] = sock
@@ -129,6 +130,28 @@ def test_a_burst_is_accepted_in_turns_and_each_connection_is_ready_for_the_relay
             assert not sock.get_inheritable()
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == struct.pack("ii", 1, 0)
+
+
+def test_one_turn_accepts_no_more_at_many_ports_than_at_one() -> None:
+    """A rule may have thousands of ports, and a client connects to all of them."""
+    ports, each = 2 * acceptloop.BURST, acceptloop.BURST
+    with no_fds_left(), Accepting() as accepting, ExitStack() as stack:
+        turns = AcceptTurns()
+        counts = Counter[int]()
+
+        def take(sock: socket.socket, _peer: SocketAddress) -> None:
+            counts[accepting.loop.turn] += 1
+            sock.close()
+
+        for _ in range(ports):
+            listening = open_listening(IPv4Address("127.0.0.1"), 0)
+            stack.callback(Acceptor(accepting.loop, listening, take, turns).close)
+            for _ in range(each):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port_of(listening)), BOUND_S))
+        for _ in range(ports * each):
+            accepting.loop.run_once(0)
+        assert counts.total() == ports * each
+        assert max(counts.values()) <= max(ports, acceptloop.BURST)
 
 
 def test_what_the_kernel_holds_for_a_connection_is_set_and_does_not_grow() -> None:
@@ -190,7 +213,7 @@ def test_closing_from_within_an_accepted_connection_is_fine() -> None:
             if len(met) == 2:
                 acceptor.close()
 
-        acceptor = Acceptor(loop, listening, accepted, RateLimit())
+        acceptor = Acceptor(loop, listening, accepted, AcceptTurns())
         for _ in range(4):
             undo.enter_context(socket.create_connection(listening.getsockname()))
         for _ in range(3):
@@ -266,7 +289,7 @@ def test_any_other_trouble_is_a_bug_and_others_are_still_served(monkeypatch: pyt
             if len(met) == 1:
                 raise ZeroDivisionError("a bug")
 
-        acceptor = Acceptor(loop, failing, accepted, RateLimit())
+        acceptor = Acceptor(loop, failing, accepted, AcceptTurns())
         undo.callback(acceptor.close)
         first, other = (
             undo.enter_context(socket.create_connection(failing.getsockname(), BOUND_S)) for _ in range(2)
