@@ -31,7 +31,9 @@ from qubes_fwd_qrexec.common import report
 from qubes_fwd_qrexec.common.clientreport import WHICH_MAX_BYTES, CutReport, WhichClients
 from qubes_fwd_qrexec.common.errors import ConfigError, TextError
 from qubes_fwd_qrexec.common.report import Answer, ListenerReport, Trial
+from qubes_fwd_qrexec.relay.acceptloop import SHORTAGE_PAUSE_S
 from qubes_fwd_qrexec.system.bugs import Bugs
+from qubes_fwd_qrexec.system.logs import RateLimit, warn
 from qubes_fwd_qrexec.system.unixsockets import open_unix_listening
 
 from . import metrics
@@ -97,7 +99,7 @@ async def open_status(place: Path | None, listener: Reporting) -> AsyncIterator[
                     for name, sock in sockets.items():
                         listening = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
                         handler = serving.bounded(serving.handlers[name])
-                        handlers.start_soon(trio.serve_listeners, handler, [listening])
+                        handlers.start_soon(serving.accept, listening, handler, handlers)
 
         def close() -> None:
             scope.cancel()
@@ -137,6 +139,7 @@ class _Serving:
     def __init__(self, listener: Reporting) -> None:
         self._listener = listener
         self._taken = Counter[int]()
+        self._limit = RateLimit()
         self.handlers: dict[str, _Handler] = {
             STATUS: self._status,
             CLIENTS: self._clients,
@@ -144,6 +147,19 @@ class _Serving:
             TRY: self._try,
             CUT: self._cut,
         }
+
+    async def accept(self, listening: trio.SocketListener, handler: _Handler, handlers: trio.Nursery) -> None:
+        """As `trio.serve_listeners`, which logs a traceback ten times in a second while descriptors lack."""
+        async with listening:
+            while True:
+                try:
+                    stream = await listening.accept()
+                except OSError as error:
+                    text = f"cannot answer who asks how this listener is: {error.strerror}"
+                    warn(_logger, self._limit, "shortage", text)
+                    await trio.sleep(SHORTAGE_PAUSE_S)
+                else:
+                    handlers.start_soon(handler, stream)
 
     def bounded(self, handler: _Handler) -> _Handler:
         """The handler with bounds on number and time, which always closes the connection in the end."""

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The status of a running listener: its counters, and peers that must not stop it."""
 
+import logging
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from qubes_fwd_qrexec.common.report import Answer, ForwardReport, ListenerReport
 from qubes_fwd_qrexec.exposed import statussockets, trial
 from qubes_fwd_qrexec.exposed.listener import Listener
 from qubes_fwd_qrexec.exposed.statussockets import CLIENTS, CUT, METRICS, STATUS, TRY, runtime_directory
+from qubes_fwd_qrexec.relay.acceptloop import SHORTAGE_PAUSE_S
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")
 
@@ -360,3 +363,41 @@ def test_the_directory_is_the_first_that_the_service_manager_names(
     value: str | None, found: Path | None
 ) -> None:
     assert runtime_directory(value) == found
+
+
+async def test_a_shortage_of_descriptors_is_said_once_and_waited_out(
+    tmp_path: Path, place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tmp_path / "config"
+    write_config(config, free_port(), 80)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def said() -> list[logging.LogRecord]:
+        return [record for record in caplog.records if "configuration" not in record.getMessage()]
+
+    caplog.set_level(logging.WARNING)
+    async with running_listener(config, ("/bin/false",), status_dir=place):
+        with socket.socket(socket.AF_UNIX) as asking:
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (asking.fileno() + 1, hard))
+                filling = []
+                with suppress(OSError):
+                    while True:
+                        filling.append(os.dup(asking.fileno()))
+                asking.connect(str(place / STATUS))
+                with trio.fail_after(BOUND_S):
+                    while not said():
+                        await trio.lowlevel.checkpoint()
+                with trio.move_on_after(3 * SHORTAGE_PAUSE_S):
+                    await trio.sleep_forever()
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                for fd in filling:
+                    os.close(fd)
+            asking.setblocking(False)
+            with trio.fail_after(BOUND_S):
+                await trio.lowlevel.wait_readable(asking)
+            assert asking.recv(1)
+    (record,) = said()
+    assert record.getMessage() == "cannot answer who asks how this listener is: Too many open files"
+    assert record.exc_info is None
