@@ -27,6 +27,8 @@ from .muxpool import LINGER_S, MuxPool
 # docs/behaviours.md, 56: for how long datagrams wait for a call. A target that runs answers one well within
 # this time; one that must start first does not, and then its clients write again.
 WAIT_S = 2.0
+# How many of the flows that wait begin in one turn of the loop, so that flows which are there have theirs.
+BURST = 64
 # How often to look whether one has waited for too long, or a call has room again.
 _LOOK_S = 0.1
 
@@ -76,8 +78,7 @@ class FlowPool(MuxPool[FlowCall]):
             flow.call.send(flow.flow_id, data, segment, now)
             return
         self._waiting.add(flow, data, segment, now)
-        if self._timer is None:
-            self._timer = self.relays.loop.after(_LOOK_S, self._look, self._forget_all)
+        self._look_later(_LOOK_S)
         self._want_call(now)
 
     def _with_room(self, now: float) -> FlowCall | None:
@@ -92,7 +93,13 @@ class FlowPool(MuxPool[FlowCall]):
 
     def _serve(self, now: float) -> None:
         """Begin flows that wait, in turn, as far as there is room."""
-        while self._waiting and (call := self._with_room(now)) is not None:
+        for _ in range(BURST):
+            if not self._waiting:
+                return
+            call = self._with_room(now)
+            if call is None:
+                self._want_call(now)
+                return
             flow, batches = self._waiting.take()
             if not self._has(flow):
                 _drop(flow, batches)
@@ -100,8 +107,14 @@ class FlowPool(MuxPool[FlowCall]):
             _begin(flow, call)
             for data, segment in batches:
                 call.send(flow.flow_id, data, segment, now)
-        if self._waiting:
-            self._want_call(now)
+        self._look_later(0.0)
+
+    def _look_later(self, delay_s: float) -> None:
+        if self._timer is not None and delay_s:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.relays.loop.after(delay_s, self._look, self._forget_all)
 
     def _look(self) -> None:
         """Drop what has waited for too long; and serve what may begin now."""
@@ -110,7 +123,7 @@ class FlowPool(MuxPool[FlowCall]):
         self._waiting.drop_old(now - WAIT_S)
         self._serve(now)
         if self._waiting:
-            self._timer = self.relays.loop.after(_LOOK_S, self._look, self._forget_all)
+            self._look_later(_LOOK_S)
 
     def _settled(self, kind: Refusal, problem: str | None) -> None:
         """A call that was asked for is ready, or will never be."""

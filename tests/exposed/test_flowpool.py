@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import socket
+from collections import Counter
 from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -108,6 +109,33 @@ async def test_without_flows_a_call_is_kept_a_while_and_then_ends(tmp_path: Path
         forward_of(listener).cut()
         await until(lambda: not pool_of(listener).mux_calls)
         assert pool_of(listener).last_problem is None
+
+
+async def test_those_that_waited_for_the_call_do_not_all_begin_in_one_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flood may have thousands waiting, and other connections and flows have their turns meanwhile."""
+    number, began = flowpool.BURST + 20, Counter[int]()
+    begin = flowcall.FlowCall.begin
+
+    def counted(self: flowcall.FlowCall, flow: flowcall.Carried) -> int:
+        began[self.relays.loop.turn] += 1
+        return begin(self, flow)
+
+    monkeypatch.setattr(flowcall.FlowCall, "begin", counted)
+    monkeypatch.setattr(flowpool, "WAIT_S", BOUND_S)
+    port, client, gate = free_udp_port(), FakeClient(tmp_path, "flows"), tmp_path / "gate"
+    os.mkfifo(gate)
+    command = ("/bin/sh", "-c", f'read go < {shlex.quote(str(gate))}; exec "$@"', "sh", *client.command)
+    write_udp_config(tmp_path / "config", port, limits=f"per-source:{number}")
+    async with running_listener(tmp_path / "config", command) as listener:
+        with ExitStack() as stack:
+            for _ in range(number):
+                stack.enter_context(UdpClient(port)).send(b"x")
+            await until(lambda: forward_of(listener).connections == number)
+            await trio.to_thread.run_sync(gate.write_text, "go\n")
+            await until(lambda: began.total() == number)
+    assert max(began.values()) <= flowpool.BURST
 
 
 async def test_one_client_does_not_have_all_the_starts_of_flows(
