@@ -48,6 +48,8 @@ _RENEW_AGAIN_SHARE = 0.1
 _RENEW_AGAIN_MAX_S = 20.0
 # A renewal that hangs holds up others, and the next try may succeed.
 _RENEW_S = 30.0
+# For how long a call that has ended as agreed may pass on what it has taken: killed, it would lose that.
+_LAST_S = 10.0
 # The exit status comes this soon after the end of the call, or never.
 _STATUS_WAIT_S = 0.2
 LOOK_S = 1.0
@@ -243,6 +245,8 @@ class MuxPool(ABC, Generic[C]):
         try:
             async with open_call(self.qrexec_client, self.target, self.service) as call:
                 problem = await self._drive(mux_call, place, call, keep)
+                if problem is None:
+                    await call.over(_LAST_S)
                 status = None if problem is None else await call.status(_STATUS_WAIT_S)
                 if call.is_through:  # it may have ended before anybody looked
                     place.through()

@@ -36,6 +36,7 @@ _BUFFER_OPTION = "--buffer-size"
 _SOCKET_BUFFER_BYTES = 131072
 # The same for stderr: a dozen lines and more.
 STDERR_BUFFER_BYTES = 16384
+_DROP_BYTES = 65536
 # How often to look whether a call is through: soon for a target that runs, rarely for one that must start.
 _LOOK_FIRST_S = 0.002
 _LOOK_MAX_S = 0.25
@@ -117,6 +118,16 @@ class Call:
         with trio.move_on_after(timeout_s):
             await self._process.wait()
         return self._process.poll()
+
+    async def over(self, timeout_s: float) -> None:
+        """Wait up to ``timeout_s`` seconds for the end of the target's output, which shows that it has all of
+        its input. What still comes is dropped."""
+        with trio.move_on_after(timeout_s), contextlib.suppress(OSError):
+            while True:
+                await trio.lowlevel.wait_readable(self.stdout)
+                with contextlib.suppress(BlockingIOError):
+                    if not self.stdout.recv(_DROP_BYTES):
+                        return
 
     async def said(self, max_bytes: int) -> bytes:
         """Wait for more on ``stderr``; empty at its end, or without a ``stderr``."""

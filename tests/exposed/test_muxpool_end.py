@@ -98,6 +98,31 @@ async def test_a_mux_call_that_dom0_ends_is_not_lost_and_no_warning(
     ]
 
 
+async def test_what_is_on_its_way_when_a_call_ends_arrives(tmp_path: Path, server: socket.socket) -> None:
+    """The target is slow to take it, as on a busy machine. A call that is killed loses what it has taken."""
+    client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    async with pool_to(client.command, one(port)) as bench:
+        async with bench.connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            await far.send_eof()
+            assert not await near.receive_some(1)
+            (service,) = children()
+            mux = bench.mux
+            os.kill(service, signal.SIGSTOP)
+            bench.pool.retire()
+            await near.send_all(b"the last words")
+            await near.send_eof()
+            await until(lambda: mux.is_over)
+            os.kill(service, signal.SIGCONT)
+            assert await received(far) == b"the last words"
+        await until(lambda: not bench.pool.mux_calls)
+
+
+async def received(stream: trio.SocketStream) -> bytes:
+    """All that comes, up to a clean end."""
+    return b"".join([chunk async for chunk in stream])
+
+
 async def test_retired_they_end_with_their_last_stream_and_open_no_other(
     tmp_path: Path, server: socket.socket
 ) -> None:
