@@ -51,7 +51,7 @@ class Tray(Gtk.Application):
             close_everything=lambda: self._closing.open(self._place),
             leave=self.leave,
         )
-        self._notifier = Notifier(self._send, later)
+        self._notifier = Notifier(self._send, self.withdraw_notification, later)
         self.board.subscribe(self._looked)
         self.board.start()
         self.hold()
@@ -104,7 +104,8 @@ def _notification(notice: Notice) -> Gio.Notification:
     made.set_body(notice.body)
     made.set_icon(Gio.ThemedIcon.new(ICON))
     priority = Gio.NotificationPriority
-    made.set_priority(priority.HIGH if notice.is_alarming else priority.NORMAL)
+    # Of these two alone servers of freedesktop.org hear a difference: what is urgent stays.
+    made.set_priority(priority.URGENT if notice.is_alarming else priority.NORMAL)
     made.set_default_action("app.show")
     # xfce4-notifyd, dom0's, closes a notification that is clicked, and shows no action without a text.
     made.add_button(_("Open the window"), "app.show")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A server of desktop notifications, which shows none: each is a line of JSON on stdout, and a line on stdin
-with its number and the name of an action takes that.
+with its number and the name of an action takes that. One that is withdrawn is a line, too.
 """
 
 import json
@@ -53,6 +53,7 @@ def main() -> None:
         elif method == "GetServerInformation":
             invocation.return_value(GLib.Variant("(ssss)", ("test", "none", "1", "1.2")))
         else:
+            print(json.dumps({"closed": values.unpack()[0]}), flush=True)
             invocation.return_value(None)
 
     def got(bus, _name):  # type: ignore[no-untyped-def]

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import looks
 import pytest
 from mainloop import MainLoop
 from worlds import NOW, Command, qube, rule, world
@@ -65,7 +66,7 @@ def test_what_opens_is_told_with_to_whom_and_until_when() -> None:
 
 def test_that_it_is_open_to_anybody_is_in_the_title() -> None:
     (notice,) = told(look(), look(rule()))
-    assert (notice.title, notice.is_alarming) == ("work web is open to anybody", True)
+    assert notice.title == "work web is open to anybody"
     assert OPENS.format("anybody who can reach it") in notice.body
 
 
@@ -92,7 +93,7 @@ def test_what_waits_is_told_when_it_is_made_and_when_it_opens() -> None:
             "start it with autostart=yes. It stays open until you end it.",
         )
     ]
-    assert texts(look(), look(rule(), inventory=halted))[0][::2] == ("work web will be open to anybody", True)
+    assert texts(look(), look(rule(), inventory=halted))[0][0] == "work web will be open to anybody"
     assert [notice.title for notice in told(waiting, look(rule(LAN)))] == ["work web is open"]
     assert told(look(rule(LAN)), waiting) == []
 
@@ -182,7 +183,7 @@ def test_many_are_told_in_one_notice() -> None:
         "open",
         "1000 forwards are open",
         "1 of them to anybody. work r-0000, work r-0001, work r-0002 and 997 more.",
-        True,
+        False,
     )
     (notice,) = told(look(*many(1000)), look(*many(1000), inventory=world(without=("work",))))
     assert notice[1:] == (
@@ -245,8 +246,8 @@ def test_what_is_disabled_is_told_only_if_it_stays_in_force() -> None:
 def test_what_is_in_force_as_it_was_is_told_with_that() -> None:
     wide, narrow = look(rule()), look(rule(LAN))
     found = told_by(wide, narrow.plan, StepKind.SET_CONFIG)
-    ((title, body, is_alarming),) = texts(wide, found)
-    assert (title, is_alarming) == ("work web is open to anybody", True)
+    ((title, body, _),) = texts(wide, found)
+    assert title == "work web is open to anybody"
     assert body.startswith("Something else is still in force, and may let in more than this. Connections to ")
     (notice,) = notices(changes(wide, found), narrow)
     assert (notice.title, notice.body) == ("work web is open", f"{OPENS.format('192.168.0.0/16')} {NO_END}")
@@ -275,7 +276,8 @@ def test_nothing_that_users_or_qubes_store_is_markup_or_long() -> None:
 class Sent:
     def __init__(self, loop: MainLoop) -> None:
         self.notices: list[Notice] = []
-        self.notifier = Notifier(self.notices.append, loop.later)
+        self.withdrawn: list[str] = []
+        self.notifier = Notifier(self.notices.append, self.withdrawn.append, loop.later)
 
     def titles(self) -> list[str]:
         found = [notice.title for notice in self.notices]
@@ -328,6 +330,49 @@ def test_what_opened_and_ended_meanwhile_is_told_as_both() -> None:
         sent.notifier.looked(each)
     loop.pass_time(QUIET_S)
     assert sent.titles() == ["work web is open to anybody", "work web has ended"]
+
+
+def disabled(*names: str) -> Look:
+    """Five rules that somebody has disabled, of which these are in force all the same."""
+    rules = [rule(f"srcports={80 + number} enabled=no", name=name) for number, name in enumerate("abcde")]
+    before = tuple(rule(f"srcports={80 + 'abcde'.index(name)}", name=name) for name in names)
+    return looks.look(*rules, inventory=UP, before=before)
+
+
+def five() -> Look:
+    """The same rules before that."""
+    rules = [rule(f"srcports={80 + number}", name=name) for number, name in enumerate("abcde")]
+    return looks.look(*rules, inventory=UP)
+
+
+def test_an_alarm_is_withdrawn_when_there_is_no_reason_any_more() -> None:
+    loop = MainLoop()
+    sent = Sent(loop)
+    for each in (five(), disabled("a", "b")):
+        sent.notifier.looked(each)
+    loop.pass_time(QUIET_S)
+    assert [(notice.title, notice.is_alarming) for notice in sent.notices] == [
+        ("work a is still open", True),
+        ("work b is still open", True),
+    ]
+    sent.notifier.looked(disabled("b"))
+    assert sent.withdrawn == ["work a"]
+    for each in (disabled(), disabled("a"), disabled()):
+        sent.notifier.looked(each)
+    assert sent.withdrawn == ["work a", "work b"]
+
+
+def test_an_alarm_of_many_is_withdrawn_when_the_last_is_closed() -> None:
+    loop = MainLoop()
+    sent = Sent(loop)
+    for each in (five(), disabled(*"abcd")):
+        sent.notifier.looked(each)
+    loop.pass_time(QUIET_S)
+    assert sent.titles() == ["4 forwards are still open"]
+    sent.notifier.looked(disabled("a"))
+    assert sent.withdrawn == []
+    sent.notifier.looked(disabled())
+    assert sent.withdrawn == ["still"]
 
 
 def test_a_look_at_each_system_is_told(

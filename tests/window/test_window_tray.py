@@ -162,6 +162,18 @@ def test_a_later_notice_of_a_rule_takes_the_place_of_the_earlier(
     assert (second["title"], second["replaces"]) == ("work web has ended", first["id"])
 
 
+def test_what_is_still_open_is_told_until_it_is_closed(
+    start: Started, serve: Callable[[], Notices], forward: Command, lab: LabDirectory
+) -> None:
+    notices = serve()
+    start()
+    lab.set_feature("work", "forward.web", f"{lab.features('work')['forward.web']} enabled=no")
+    found = notices.next()
+    assert (found["title"], found["urgency"]) == ("work web is still open", 2)
+    forward("apply")
+    assert notices.next() == {"closed": found["id"]}
+
+
 def test_without_anybody_to_tell_it_goes_on(
     start: Started, serve: Callable[[], Notices], forward: Command, desktop: Desktop
 ) -> None:

@@ -32,7 +32,9 @@ _BODY_MAX = 500
 
 
 class Notice(NamedTuple):
-    """Plain text for a notification; a later one takes the place of that with the same ``id``."""
+    """Plain text for a notification; a later one takes the place of that with the same ``id``. One that
+    ``is_alarming`` stays until somebody has seen it, or it is not so any more.
+    """
 
     id: str
     title: str
@@ -139,7 +141,7 @@ def notices(found: Iterable[Change], look: Look) -> Iterator[Notice]:
 
 
 def _notice(about: str, title: str, body: str, some: list[Change]) -> Notice:
-    is_alarming = any(change.opens_to_anybody or change.kind is Kind.STILL for change in some)
+    is_alarming = any(change.kind is Kind.STILL for change in some)
     return Notice(about, _plain(title), shortened(_plain(body), _BODY_MAX), is_alarming)
 
 
@@ -216,18 +218,23 @@ def _body(change: Change) -> str:
 
 
 class Notifier:
-    """Sends notices of what changes from look to look, when it has been quiet for a second."""
+    """Sends notices of what changes from look to look, when it has been quiet for a second. Those that alarm
+    are withdrawn, by their ids, when there is no reason any more.
+    """
 
-    def __init__(self, send: Callable[[Notice], None], later: Later) -> None:
+    def __init__(self, send: Callable[[Notice], None], withdraw: Callable[[str], None], later: Later) -> None:
         self._send = send
+        self._withdraw = withdraw
         self._later = later
         self._last: Look | None = None
         self._found: list[Change] = []
+        self._alarms: set[str] = set()
         self._cancels: list[Callable[[], None]] = []
 
     def looked(self, look: Look) -> None:
         """There is a look. Of the first nothing is told."""
         before, self._last = self._last, look
+        self._end_alarms(look)
         found = [] if before is None else list(changes(before, look))
         if not found:
             return
@@ -238,10 +245,19 @@ class Notifier:
             cancel()
         self._cancels[1:] = [self._later(QUIET_S, self._tell)]
 
+    def _end_alarms(self, look: Look) -> None:
+        still = {Change(Kind.STILL, each).name for each in look.entries.rules if _kind(each) is Kind.STILL}
+        for about in sorted(self._alarms - still):
+            if about != Kind.STILL or not still:
+                self._alarms.remove(about)
+                self._withdraw(about)
+
     def _tell(self) -> None:
         for cancel in self._cancels:
             cancel()
         found, self._found, self._cancels = self._found, [], []
         if self._last is not None:
             for notice in notices(found, self._last):
+                if notice.is_alarming:
+                    self._alarms.add(notice.id)
                 self._send(notice)
