@@ -228,8 +228,8 @@ def test_what_should_be_closed_and_stays_in_force_is_told() -> None:
     assert texts(look(named), still) == [
         (
             "work web is still open",
-            "It should be closed but is still in force. The netvms of work were sys-firewall - sys-net when "
-            "the rule was agreed to and are sys-net now.",
+            "It should be closed but is still in force. 'qvm-forward apply' closes it. The netvms of work "
+            "were sys-firewall - sys-net when the rule was agreed to and are sys-net now.",
             True,
         )
     ]
@@ -240,7 +240,12 @@ def test_what_is_disabled_is_told_only_if_it_stays_in_force() -> None:
     is_open, closed = look(rule()), look(rule("enabled=no"))
     still = told_by(is_open, closed.plan)
     assert list(notices([*changes(is_open, still), *changes(still, closed)], closed)) == []
-    assert [notice.title for notice in told(is_open, still)] == ["work web is still open"]
+    assert [(title, body) for title, body, _ in texts(is_open, still)] == [
+        (
+            "work web is still open",
+            "It should be closed but is still in force. 'qvm-forward apply' closes it.",
+        )
+    ]
 
 
 def test_what_is_in_force_as_it_was_is_told_with_that() -> None:

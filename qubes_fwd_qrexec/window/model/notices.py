@@ -202,6 +202,8 @@ def _body(change: Change) -> str:
     if change.kind is Kind.DENIED:
         return entry.note
     parts = [entry.note]
+    if change.kind is Kind.STILL:
+        parts.append(_("'qvm-forward apply' closes it."))
     if rule is None:
         parts.append(_("Its rule cannot be read: {problem}").format(problem=entry.comment))
     elif rule.cause is Cause.EXPIRED:
@@ -210,7 +212,8 @@ def _body(change: Change) -> str:
         parts.append(escaped(reasons.filled("{moved}.", rule, rule.decisive)))
         if change.kind is Kind.SUSPENDED:
             parts.append(_("It stays closed until you confirm it."))
-    else:
+    elif change.kind is not Kind.STILL:
+        # Of that the reason would tell how to open it again.
         parts.append(escaped(reasons.sentence(rule)))
     if change.kind in _OPEN and rule is not None:
         parts.append(end(rule.named.rule.expire))
