@@ -67,7 +67,7 @@ class _Slot:
         self.config: dict[str, NftConfig] = {}
 
     def open_for(self) -> str:
-        """Who is let in now."""
+        """Whoever is let in now."""
         if self.permits["refused"].allows(clock()):
             return "all networks"
         return "one network" if self.permits["lan"].allows(clock()) else "nobody"

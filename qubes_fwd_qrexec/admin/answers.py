@@ -71,7 +71,8 @@ def read_answer(
             process.kill()
     if status != 0:
         is_older = status == ExitStatus.BAD_ARGUMENT
-        why = ", as it does not understand that; its package is older than dom0's" if is_older else ""
+        older = ", because it does not understand the request: its package is older than dom0's"
+        why = older if is_older else ""
         raise AnswerError(f"{what} ended with exit status {status}{why}", status)
     return untrusted_answer
 
@@ -121,7 +122,7 @@ def reading(qube: QubeName) -> Iterator[None]:
     try:
         yield
     except ReportError as error:
-        raise AnswerError(f"what {qube} says cannot be read: {error}") from error
+        raise AnswerError(f"the answer of {qube} cannot be read: {error}") from error
 
 
 def ask_status(

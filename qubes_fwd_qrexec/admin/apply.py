@@ -340,8 +340,8 @@ def reconcile(
 def _with_problems(outcome: Outcome, doubts: Iterable[Unconfirmed]) -> Outcome:
     """The same with the doubts that keep rules from changing their mode, and with what could not be told."""
     problems = (
-        f"{doubt.qube} does not confirm that {doubt.key} is closed{doubt.said and ': '}{doubt.said}. The "
-        f"forward opens over qrexec when it does, or when {doubt.qube} is shut down"
+        f"{doubt.qube} has not confirmed that {doubt.key} is closed{doubt.said and ': '}{doubt.said}. "
+        f"The forward opens over qrexec once it has, or once {doubt.qube} is shut down"
         for doubt in doubts
     )
     untold = [step for step, _ in outcome.untold]

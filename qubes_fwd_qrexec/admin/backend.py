@@ -18,14 +18,14 @@ NEW = "new"
 # The token that stands for whatever the file says now: for closing everything, and for nothing else.
 ANY = "any"
 # For whoever starts a second one.
-WATCH_BUSY = "another 'qvm-forward watch' runs already"
+WATCH_BUSY = "another 'qvm-forward watch' is already running"
 
 
 class ChangedError(StoreError):
     """Somebody else has changed the policy file since it was read, and it is left as they wrote it."""
 
     def __init__(self, place: object) -> None:
-        super().__init__(f"{place}: somebody else changed it just now; try again")
+        super().__init__(f"{place}: somebody else has just changed it; try again")
 
 
 class PolicyFile(NamedTuple):

@@ -140,7 +140,7 @@ def new_rule(
     """
     snapshot.check_qube(target)
     if rule.expire is not None and rule.expire <= now:
-        raise UsageError("expire: that time is over already; name a time to come, such as +8h", "expire")
+        raise UsageError("expire: that time is in the past; give one in the future, such as +8h", "expire")
     for source in rule.sources.qubes:
         snapshot.check_qube(source)
     rule = replace(rule, owner=target, path=snapshot.inventory.chain(target).qubes)
@@ -149,7 +149,7 @@ def new_rule(
     if taken is not None:
         what, command = "exists already", "change it with 'qvm-forward set"
         if isinstance(taken, BrokenRule):
-            what, command = "exists already and cannot be read", "remove it first with 'qvm-forward remove"
+            what, command = "already exists and cannot be read", "remove it first with 'qvm-forward remove"
         raise RefusedError(f"{named} {what}; take another --name, or {command} {named}'")
     return named
 
@@ -275,7 +275,7 @@ def _change_each(
                 changes[old.target, old.name] = str(changed(old, snapshot.inventory))
             elif not patterns or old.name in patterns:
                 known = f"{old.target} {old.name!a} cannot be read ({old.problem})"
-                raise RefusedError(f"{known}; remove it and add it anew")
+                raise RefusedError(f"{known}; remove it and add it again")
         return changes
 
     return change(system, decide, done, decides_mode=decides_mode)
@@ -298,8 +298,8 @@ def store(backend: Backend, inventory: Inventory, changes: NewLines) -> None:
             raise
         why = str(error) or "interrupted"
         raise StoreError(
-            f"{why}.\nNot put back, and in force with the next 'qvm-forward apply':\n{''.join(left)}"
-            "'qvm-forward remove' takes away what is new, 'qvm-forward import --replace' reads the rest"
+            f"{why}.\nNot undone, and in force with the next 'qvm-forward apply':\n{''.join(left)}"
+            "'qvm-forward remove' removes what is new, 'qvm-forward import --replace' restores the rest"
         ) from error
 
 

@@ -87,7 +87,7 @@ def _ask(backend: Backend, qube: QubeName, timeout_s: float | None) -> Answer:
         if error.status != ExitStatus.TROUBLE:
             return error
         # So our service ends if the firewall's program is not there to be asked.
-        what = f"qubes-forward-nft does not run there, or the call failed (exit status {error.status})"
+        what = f"qubes-forward-nft is not running there, or the call failed (exit status {error.status})"
         return AnswerError(what, error.status, way_out=error.way_out)
 
 

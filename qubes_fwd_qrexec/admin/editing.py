@@ -42,19 +42,23 @@ def _clients(old: str, option: Option) -> str:
     except TextError as error:
         raise RuleError(place, str(error), "srchosts") from None
     if name == "srchosts+":
-        raise RuleError(place, "the rule lets in everybody already; srchosts=NET lets in less", "srchosts")
+        raise RuleError(
+            place, "the rule already lets in everybody; to let in fewer, use srchosts=NET", "srchosts"
+        )
     some, less = old.split(","), str(asked).split(",")
     for each in less:
         if each not in some:
-            raise RuleError(place, f"{each} is not there; it lets in {old}", "srchosts")
+            raise RuleError(place, f"{each} is not in the list; the rule lets in {old}", "srchosts")
     if len(less) == len(some):
-        raise RuleError(place, f"nobody would be left of {old}; 'disable' closes the forward", "srchosts")
+        raise RuleError(
+            place, f"nobody would be left of {old}; to close the forward, use 'disable'", "srchosts"
+        )
     return ",".join(each for each in some if each not in less)
 
 
 def _later(rule: ForwardRule, option: Option, now: float) -> str:
     """The end of a rule put off: from now on where it is over already."""
     if rule.expire is None:
-        raise RuleError(option.place, "the rule has no end; expire=TIME gives it one", "expire")
+        raise RuleError(option.place, "the rule never expires; to set a time, use expire=TIME", "expire")
     end = int(now) if rule.has_ended else max(rule.expire, int(now))
     return str(end + int(option.value))

@@ -83,7 +83,9 @@ def hold(backend: Backend, now: float, *, qubes_timeout_s: float = QUBES_TIMEOUT
     if applied is not None:
         doubts = not_closed(forwarding(applied.snapshot.inventory), backend)
         if any(doubt.lack == Lack.DRAINS for doubt in doubts):
-            left = _tried(problems, "packets: end what may finish", lambda: end_drains(doubts, backend))
+            left = _tried(
+                problems, "packets: cut the connections that may finish", lambda: end_drains(doubts, backend)
+            )
             doubts = doubts if left is None else left
         ended |= {each.target: each for each in applied.outcome.ended}
         problems += applied.outcome.problems
@@ -126,10 +128,10 @@ def _held(
 
 def _take_all(problems: list[str], backend: Backend) -> None:
     """Take away all that qubes are told, whatever the rules ask for; a failure at one keeps no other."""
-    inventory = _tried(problems, "read all qubes, to tell them of no forward", backend.inventory)
+    inventory = _tried(problems, "read all qubes, to remove their configuration", backend.inventory)
     for qube, key, _ in () if inventory is None else inventory.configurations():
         feature = f"{CONFIG_PREFIX}{key}"
-        _tried(problems, f"{qube}: take away {feature}", partial(backend.remove_feature, qube, feature))
+        _tried(problems, f"{qube}: remove {feature}", partial(backend.remove_feature, qube, feature))
 
 
 def _end_calls(targets: Iterable[QubeName], backend: Backend) -> dict[QubeName, Ended]:
@@ -159,7 +161,7 @@ def resume(backend: Backend, now: float, shown: Plan | None = None) -> tuple[boo
         planned = read.plan(now, is_held=False, known=shown)
         if more := _openings(planned) - _openings(shown):
             names = ", ".join(sorted({name for name, _ in more}))
-            raise RefusedError(f"nothing was opened: {names} would open otherwise than you were shown")
+            raise RefusedError(f"nothing was opened: {names} would not open as you were shown")
         return was_held, reconcile(backend, now, is_held=False, read=read, known=planned)
 
 

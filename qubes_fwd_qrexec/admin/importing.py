@@ -63,8 +63,8 @@ def import_document(
             old = snapshot.stored.get(named[:2])
             if old is not None and old != named and not is_replacing:
                 raise RefusedError(
-                    f"{named} exists already and differs; nothing was imported. With --replace the "
-                    "imported one takes its place"
+                    f"{named} already exists and differs; nothing was imported. With --replace, the "
+                    "imported rule replaces it"
                 )
         marks.update(_marks(document, snapshot, is_replacing=is_replacing))
         changes: dict[Key, str | None] = {
@@ -145,11 +145,13 @@ def _marks(document: Document, snapshot: Snapshot, *, is_replacing: bool) -> dic
     for qube, is_marked in document.tunnels.items():
         known = snapshot.inventory.get(qube)
         if known is None:
-            raise RefusedError(f"there is no qube {qube!a} to mark as a tunnel or not; nothing was imported")
+            raise RefusedError(
+                f"there is no qube {qube!a}, whose mark as a tunnel the file sets; nothing was imported"
+            )
         if not is_marked and snapshot.inventory.feature(qube, TUNNEL_FEATURE) and not is_replacing:
             raise RefusedError(
                 f"{qube} is marked as a tunnel, and the import says that it is not one; nothing was "
-                "imported. --replace removes the mark"
+                "imported. With --replace, the mark is removed"
             )
         if known.features.get(TUNNEL_FEATURE) != _MARKS[is_marked]:
             found[qube] = is_marked

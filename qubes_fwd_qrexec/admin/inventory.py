@@ -156,7 +156,7 @@ class Inventory(NamedTuple):
         while problem is None and qube is not None and qube.netvm is not None:
             following = self.get(qube.netvm)
             if qube.netvm in (name, *walked):
-                problem = f"The netvms of {name} lead in a circle at {qube.netvm}; mend its netvm"
+                problem = f"The netvms of {name} form a loop at {qube.netvm}; change its netvm"
             elif following is None:
                 problem = f"The netvm of {qube.name}, {qube.netvm}, does not exist; set another"
             else:

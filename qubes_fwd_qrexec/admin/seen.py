@@ -59,10 +59,10 @@ def _is_same_rule(one: str | None, other: str | None) -> bool:
 def _difference(target: QubeName, saw: Seen, now: Seen) -> str:
     if _is_same_rule(saw.line, now.line):
         was, are = (" - ".join(netvms or ()) or "none" for netvms in (saw.netvms, now.netvms))
-        return f"the netvms of {target} are no longer what you saw, {was}, but {are}"
+        return f"the netvms of {target} were {was} when you looked, and are {are} now"
     if now.line is None:
-        return "it is no longer there"
-    what = "there is one already," if saw.line is None else "it is no longer what you saw, but"
+        return "it no longer exists"
+    what = "there is one already," if saw.line is None else "it is not what you saw, but"
     return f"{what} '{_printable(now.line)}'"
 
 

@@ -73,7 +73,7 @@ def read_rule(target: QubeName, untrusted_name: str, untrusted_line: str) -> Nam
 def parse_new_name(text: str) -> RuleName:
     """A name that a rule can be stored under. Raises `TextError`."""
     if text == TUNNEL_NAME:
-        raise TextError(text, f"free as a rule's name: the feature {TUNNEL_FEATURE} marks a tunnel qube")
+        raise TextError(text, f"a free name for a rule: the feature {TUNNEL_FEATURE} marks a tunnel qube")
     return parse_rule_name(text)
 
 

@@ -31,8 +31,8 @@ class ExitStatus(IntEnum):
 
 
 _MEANINGS = {
-    ExitStatus.NO_ROOM: "this qube has no room for another vchan, of which parameter limit of xen-gntalloc "
-    "gives more, or the target did not take the call",
+    ExitStatus.NO_ROOM: "this qube has no room for another vchan (parameter limit of xen-gntalloc allows "
+    "more), or the target did not take the call",
     ExitStatus.TROUBLE: "the call failed: the target cannot be reached, or nothing listens on its port",
     ExitStatus.REFUSED: "dom0's policy refuses the call, or there are too many",
     ExitStatus.NO_SERVICE: "the target does not have the service",

@@ -69,7 +69,7 @@ def read(options: Iterable[Option], forms: Mapping[str, Form]) -> dict[str, Any]
         earlier = filled_by.get(form.field)
         if earlier is not None:
             if earlier.name == option.name or form.merge is None or forms[earlier.name].merge is None:
-                raise RuleError(option.place, f"says again what {earlier.place} has said", option.name)
+                raise RuleError(option.place, f"repeats {earlier.place}", option.name)
             try:
                 value = form.merge(fields[form.field], value)
             except TextError as error:

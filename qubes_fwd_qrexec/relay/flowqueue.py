@@ -34,7 +34,7 @@ _Waiting = tuple[bytes, int, float]
 
 
 class DroppedCall(Protocol):
-    """Hears that so many datagrams of a flow were dropped, and whether for their age or for want of room."""
+    """Hears that so many datagrams of a flow were dropped, and whether for their age or for lack of room."""
 
     def __call__(self, flow_id: int, datagrams: int, *, is_old: bool) -> None: ...
 

@@ -72,7 +72,7 @@ def try_port(port: int) -> Trial:
             return Trial(answer, Refusal.NOT_AT_LOOPBACK, one_line(f"{error}; {listens_at}"))
         return Trial(answer, Refusal.SERVER, one_line(str(error)))
     close_cleanly(server)
-    text = f"a server takes connections on port {port}"
+    text = f"a server accepts connections on port {port}"
     if place.said:
         return Trial(Answer.THROUGH, Refusal.ELSEWHERE, one_line(f"{text}; {place.said}"))
     return Trial(Answer.THROUGH, "", text)

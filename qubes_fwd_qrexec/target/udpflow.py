@@ -93,7 +93,7 @@ class FlowOwner(Protocol):
     lost_to_server: int
     """How many datagrams to servers were dropped."""
     lost_by_kernel: int
-    """How many datagrams of servers the kernel has dropped for want of room."""
+    """How many datagrams of servers the kernel has dropped for lack of room."""
     kept_bytes: int
     """What all flows keep of their first datagrams."""
     bursts: int

@@ -68,9 +68,9 @@ def test_what_cannot_be_put_back_is_named_with_the_way_out(forward: Command, fai
     assert result.status == 1
     assert result.err == (
         "qvm-forward import: qubesd is gone.\n"
-        "Not put back, and in force with the next 'qvm-forward apply':\n"
+        "Not undone, and in force with the next 'qvm-forward apply':\n"
         "  work r0 (new)\n  work r1 (new)\n"
-        "'qvm-forward remove' takes away what is new, 'qvm-forward import --replace' reads the rest\n"
+        "'qvm-forward remove' removes what is new, 'qvm-forward import --replace' restores the rest\n"
     )
 
 

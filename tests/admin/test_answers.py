@@ -107,5 +107,5 @@ def test_what_cannot_be_read_is_no_answer(said: bytes) -> None:
         def ask(self, *_: object, **__: object) -> bytes:
             return said
 
-    with pytest.raises(AnswerError, match="what sys-net says cannot be read: the answer"):
+    with pytest.raises(AnswerError, match="the answer of sys-net cannot be read: the answer"):
         ask_status(Liar(), QubeName("sys-net"))  # type: ignore[arg-type]

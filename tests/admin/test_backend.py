@@ -82,7 +82,7 @@ def test_policy_is_replaced_only_as_it_was_read(store: Backend, lab: LabDirector
     store.replace_policy("# one\n", NEW)
     one = store.read_policy()
     assert one.text == (lab.policy_dir / "30-forward.policy").read_text() == "# one\n"
-    with pytest.raises(StoreError, match="somebody else changed it just now; try again"):
+    with pytest.raises(StoreError, match="somebody else has just changed it; try again"):
         store.replace_policy("# two\n", NEW)
     store.replace_policy("# two\n", one.token)
     with pytest.raises(StoreError, match="somebody else"):

@@ -129,7 +129,7 @@ def test_set_refuses_if_the_rule_is_no_longer_what_the_user_saw(forward: Command
     result = forward("set", "work", "web", "comment=b", "--was", seen)
     assert (result.status, result.out) == (1, "")
     now = lab.feature("work", "forward.web")
-    assert f"work web was not changed: it is no longer what you saw, but '{now}'" in result.err
+    assert f"work web was not changed: it is not what you saw, but '{now}'" in result.err
     assert content(lab) == before
     # The order of the options does not matter.
     other = " ".join(sorted((now or "").replace(" comment=a", "").split())) + " comment=a"

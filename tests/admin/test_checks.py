@@ -49,7 +49,7 @@ def test_auto_becomes_mux_where_the_target_has_our_service() -> None:
         Service.FORWARD_TCP,
     )
     assert travel.mode_reason(forward) == "mode=auto is decided when the rule is changed or confirmed"
-    assert travel.transport_reason(forward) == "work offers our service"
+    assert travel.transport_reason(forward) == "work has qubes-fwd-qrexec"
     assert only(rule("srcports=1-65535")).state is State.ACTIVE
 
 
@@ -71,7 +71,7 @@ def test_mux_carries_who_the_client_is(asked: str) -> None:
 def test_a_target_without_our_service_is_reached_by_the_stock_one_and_the_reason_warns() -> None:
     forward = only(rule(target="personal"))
     assert (forward.transport, forward.service) == (Transport.CALL, Service.CONNECT_TCP)
-    assert "loses the rest of what the client sends" in travel.transport_reason(forward)
+    assert "the rest of what the client sends is lost" in travel.transport_reason(forward)
 
 
 def test_udp_goes_over_a_service_of_its_own_in_mux_calls() -> None:

@@ -23,7 +23,7 @@ def test_of_two_claims_to_one_port_the_first_by_name_wins_and_is_named(one: str,
     first, second = plan([rule(other, "work"), rule(one, "personal")], world(), NOW)
     assert (first.named.target, first.state) == ("personal", State.ACTIVE)
     assert (second.state, second.cause, second.configs) == (State.REFUSED, Cause.CONFLICT, ())
-    assert reasons.sentence(second).startswith("Rule personal web has port")
+    assert reasons.sentence(second).startswith("Rule personal web already has port")
 
 
 @pytest.mark.parametrize("protos", [("udp", "udp"), ("udp", "both"), ("both", "tcp"), ("both", "both")])
@@ -140,9 +140,11 @@ def test_what_comes_to_a_target_by_nft_is_not_taken_on_its_way_by_another(mode: 
     through = rule(f"mode={mode} srcports=80{' forwardtype=internal' * (mode == 'qrexec')}")
     first, second = plan([to_firewall, through], nft_world(), NOW)
     assert (first.state, second.cause) == (State.ACTIVE, Cause.CONFLICT)
-    assert reasons.sentence(second).startswith("Rule sys-firewall its-own has port 80 of sys-firewall")
+    assert reasons.sentence(second).startswith(
+        "Rule sys-firewall its-own already has port 80 of sys-firewall"
+    )
     planned = plan([to_firewall, through], nft_world(), NOW, newcomers=[to_firewall[:2]])
-    assert "port 80 of sys-firewall and would get what is for sys-firewall" in reasons.sentence(
+    assert "port 80 of sys-firewall, and would get what is meant for sys-firewall" in reasons.sentence(
         next(iter(planned))
     )
 

@@ -68,7 +68,7 @@ def test_a_forward_of_a_disposable_template_opens_for_it_alone_and_says_so(
     added = forward(*ADD)
     assert added.status == 0
     assert (
-        "Note: it opens work itself and not the disposables made from work, each of which needs a rule of "
+        "Note: it opens work itself, not the disposables based on it, each of which needs a rule of "
         "its own.\n"
     ) in added.out
     clone(lab, "work", "disp42", QubeClass.DISPOSABLE)
@@ -85,7 +85,7 @@ def test_a_disposable_can_have_a_forward_of_its_own(forward: Command, lab: LabDi
     told = forward("list", "disp42").out
     assert "The rule was made for work, and disp42 is a disposable that inherited it" in told
     assert "'qvm-forward confirm disp42 web' makes it a rule of disp42" in told
-    assert "Rule work web has port 80 of sys-net already" in forward("confirm", "disp42", "web").err
+    assert "Rule work web already has port 80 of sys-net" in forward("confirm", "disp42", "web").err
     assert forward("add", "disp42", "81:8080", "--from", "any").status == 0
     assert "+8080+mux  sys-net  disp42  allow" in policy(lab)
 

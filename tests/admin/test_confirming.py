@@ -146,7 +146,7 @@ def test_until_then_it_stays_closed_and_every_apply_asks_again() -> None:
         outcome = applied(backend, OVER_QREXEC)
         (problem,) = outcome.problems
         assert problem.startswith(
-            "sys-firewall does not confirm that nft.work.web is closed. The forward opens"
+            "sys-firewall has not confirmed that nft.work.web is closed. The forward opens"
         )
         assert not any(step.opens for step in outcome.done)
         over = NftConfig.parse(KEY, backend.qubes[NET][FEATURE])
@@ -330,7 +330,7 @@ def test_what_cannot_be_told_may_finish_still() -> None:
     backend.refuses = lambda entry: entry.startswith("set work ")
     held = hold(backend, NOW)
     assert {(doubt.qube, doubt.lack) for doubt in held.doubts} >= {(WORK, Lack.DRAINS)}
-    assert held.problems == (f"packets: end what may finish: cannot set work {FEATURE}",)
+    assert held.problems == (f"packets: cut the connections that may finish: cannot set work {FEATURE}",)
     # The others are told all the same.
     assert f"set sys-firewall {FEATURE}" in backend.log
     assert not any(FEATURE in features for features in backend.qubes.values())
@@ -377,4 +377,4 @@ def test_where_nothing_can_be_planned_a_qube_that_cannot_be_told_keeps_no_other(
     broken.qubes = backend.qubes
     held = hold(broken, NOW)
     assert [qube for qube, features in broken.qubes.items() if FEATURE in features] == [NET]
-    assert held.problems[1] == f"{NET}: take away {FEATURE}: {NET}: no answer"
+    assert held.problems[1] == f"{NET}: remove {FEATURE}: {NET}: no answer"

@@ -11,7 +11,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 OTHER = ("add", "vault", "--from", "any", "--name", "x")
-TAKEN = "Rule work web has port 80 of sys-net already"
+TAKEN = "Rule work web already has port 80 of sys-net"
 
 ADDED = [
     ("80", "--via", "sys-net"),
@@ -29,7 +29,7 @@ def test_add_names_the_rule_that_has_the_port(
     before = content(lab)
     result = forward(*OTHER[:2], *more, *OTHER[2:])
     assert (result.status, result.out) == (1, "")
-    assert f"vault x was not added. {TAKEN}; take another port or listen address" in result.err
+    assert f"vault x was not added. {TAKEN}; choose another port or listen address" in result.err
     assert content(lab) == before
 
 
@@ -134,7 +134,7 @@ def test_a_confirmed_path_takes_no_port(forward: Command, lab: LabDirectory) -> 
     lab.write_qube(replace(lab.qube("personal"), netvm=QubeName("sys-net")))
     before = content(lab)
     result = forward("confirm", "personal", "x")
-    assert "personal x was not confirmed. Rule vault web has port 80 of sys-net already" in result.err
+    assert "personal x was not confirmed. Rule vault web already has port 80 of sys-net" in result.err
     assert content(lab) == before
 
 
@@ -144,7 +144,9 @@ def test_two_that_are_enabled_at_once_do_not_take_each_others_port(
     for name in ("a", "b"):
         forward("add", "work", "80", "--from", "any", "--name", name, "--disabled")
     before = content(lab)
-    assert "work b was not enabled. Rule work a has port 80" in forward("enable", "work", "a", "b").err
+    assert (
+        "work b was not enabled. Rule work a already has port 80" in forward("enable", "work", "a", "b").err
+    )
     assert content(lab) == before
 
 
@@ -181,7 +183,7 @@ def test_two_rules_of_one_import_claim_no_port_together(
     text = "work a action=forward srcports=80 srchosts=any\nwork b action=forward srcports=80 srchosts=any\n"
     before = content(lab)
     result = forward("import", stdin=f"{head}{text}")
-    assert "work b was not imported, nor was anything else. Rule work a has port 80" in result.err
+    assert "work b was not imported, nor was anything else. Rule work a already has port 80" in result.err
     assert content(lab) == before
 
 
@@ -196,4 +198,4 @@ def test_agreement_about_autostart_is_asked_for_at_add(forward: Command) -> None
     forward(*ADD)
     result = forward("add", "work", "81:8080", "--from", "any", "--autostart")
     assert result.status == 1
-    assert "Rule work web reaches the same port of work from sys-net with another autostart" in result.err
+    assert "Rule work web reaches the same port of work from sys-net with a different autostart" in result.err

@@ -13,7 +13,7 @@ MORE = (("set", "work", "web", "expire=+8h"), ("enable", "work", "web"), ("set",
 def test_a_clock_that_is_set_back_opens_nothing_again(forward: Command, lab: LabDirectory) -> None:
     forward(*ADD, "--expire", "+1h")
     out = forward("apply", now=NOW + HOUR).out
-    assert "  work web: its time is over, and it stays ended\n" in out
+    assert "  work web: mark it as expired for good\n" in out
     assert "ended=yes" in lab.features("work")["forward.web"]
     assert forward("apply", now=NOW).out == "Nothing to change: all is as the rules ask for.\n"
     assert forward("list", "--json", now=NOW).json["forwards"][0]["state"] == "expired"
@@ -56,4 +56,4 @@ def test_what_cannot_be_stored_closes_all_the_same(
     result = over(Faulty(lab, "set work"), "apply")
     assert (result.status, allowed(lab)) == (1, frozenset())
     assert "cannot set work forward.web" in result.err
-    assert "Not done: work web: its time is over, and it stays ended" in result.err
+    assert "Not done: work web: mark it as expired for good" in result.err

@@ -71,7 +71,7 @@ RULE = "action=forward srcports=80 srchosts=any"
         (f"work a {RULE}\ngone b {RULE}", "there is no qube 'gone'; nothing was imported"),
         (f"work a {RULE}\nwork a {RULE}", "work a appears twice; nothing was imported"),
         (f"work tunnel {RULE}", "the name tunnel stands for the mark of a tunnel qube"),
-        (f"work web {RULE}", "work web exists already and differs"),
+        (f"work web {RULE}", "work web already exists and differs"),
         ("work a", "line 1: a line is the qube's name, the rule's name and the rule"),
         ("", "line 1: there is nothing to import"),
         (" \n\n", "line 1: there is nothing to import"),
@@ -159,7 +159,7 @@ def test_an_import_takes_no_mark_away_unless_asked_to(
 def test_a_mark_of_a_qube_that_is_not_here_is_refused(forward: Forward, lab: LabDirectory) -> None:
     before = content(lab)
     result = forward("import", stdin="gone tunnel yes")
-    assert "there is no qube 'gone' to mark as a tunnel or not" in result.err
+    assert "there is no qube 'gone', whose mark as a tunnel the file sets" in result.err
     assert content(lab) == before
 
 
@@ -233,5 +233,8 @@ def test_two_forwards_of_2021_to_one_port_are_refused_together(forward: Forward,
         "action=forward proto=tcp src4=10.1.0.0/16 srcports=80 dstports=81\n"
     )
     result = forward("import", "--qube", "work", stdin=text)
-    assert "work tcp-80-2 was not imported, nor was anything else. Rule work tcp-80 has port 80" in result.err
+    assert (
+        "work tcp-80-2 was not imported, nor was anything else. Rule work tcp-80 already has port 80"
+        in result.err
+    )
     assert content(lab) == before

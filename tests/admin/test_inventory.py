@@ -20,7 +20,7 @@ def test_a_chain_is_nearest_first() -> None:
 def test_a_chain_that_bites_its_tail_ends_with_a_problem() -> None:
     chain = world(qube("a", "b"), qube("b", "a")).chain(QubeName("a"))
     assert chain.qubes == ("b",)
-    assert chain.problem == "The netvms of a lead in a circle at a; mend its netvm"
+    assert chain.problem == "The netvms of a form a loop at a; change its netvm"
 
 
 def test_a_feature_is_looked_up_in_the_template_unless_the_qube_has_its_own() -> None:

@@ -62,7 +62,7 @@ def test_what_no_qube_says_is_closed_counts_as_open(run: Command, nft_lab: NftLa
     nft_lab.says = dict.fromkeys(PATH, hangs)
     removed = run("disable", "work", "web")
     assert removed.status == 1
-    assert removed.out.startswith("Forward work web is disabled, but no qube says that it is closed.")
+    assert removed.out.startswith("Forward work web is disabled, but no qube confirms that it is closed.")
     assert "still open: work web: sys-net does not answer: it hangs; it may still let in" in removed.err
     assert "'qvm-prefs work netvm ''' closes it whatever the qubes of its path do\n" in removed.err
 
@@ -144,7 +144,7 @@ def test_what_is_closed_is_asked_for_though_another_rule_is_in_trouble(run: Comm
     run("add", "work", "81", "--from", "any", "--name", "other", "--mode", "nft")
     nft_lab.says = dict.fromkeys(PATH, hangs)
     waits = run("set", "work", "other", "mode=qrexec")
-    assert "does not confirm that nft.work.other is closed" in waits.err
+    assert "has not confirmed that nft.work.other is closed" in waits.err
     disabled = run("disable", "work", "web")
     assert disabled.status == 1
     assert "still open: work web: work does not answer: it hangs; it may still let in 192.168" in disabled.err
@@ -249,7 +249,7 @@ def test_auto_becomes_qrexec_where_something_is_against_nft_and_says_what(
     added = run(*ADD, *options)
     assert added.status == 0
     assert f"Note: over qrexec, as {why}" in added.out
-    assert "'qvm-forward set work web mode=nft' says what nft would take.\n" in added.out
+    assert "'qvm-forward set work web mode=nft' says what nft would need.\n" in added.out
     assert " mode=qrexec " in nft_lab.lab.features("work")["forward.web"]
 
 

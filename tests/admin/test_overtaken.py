@@ -44,7 +44,7 @@ def test_what_was_closed_since_the_differences_were_computed_is_not_opened_again
     outcome = carry_out(due, backend, installed)
     assert (backend.policy, backend.log) == (CLOSED, [])
     assert outcome.is_overtaken
-    assert outcome.problems == ("policy: somebody else changed it just now; try again",)
+    assert outcome.problems == ("policy: somebody else has just changed it; try again",)
     assert [step.kind for step in outcome.undone] == [Kind.OPEN_POLICY, Kind.SET_CONFIG]
 
 
@@ -54,7 +54,7 @@ def test_what_was_closed_between_two_of_our_writes_is_not_opened_again() -> None
     outcome = carry_out(steps(backend, SSH), backend, backend.read_policy())
     assert backend.policy == CLOSED
     assert outcome.is_overtaken
-    assert outcome.problems == ("policy: somebody else changed it just now; try again",)
+    assert outcome.problems == ("policy: somebody else has just changed it; try again",)
     assert [step.kind for step in outcome.undone] == [Kind.OPEN_POLICY, Kind.SET_CONFIG]
 
 
@@ -100,7 +100,7 @@ def test_a_policy_that_others_keep_on_changing_is_given_up(over: Command, opened
     assert rivals == ["policy 3"] * 3
     assert path.read_text().endswith("# theirs 3\n")
     assert "the change is stored, but not everything could be done: " in result.err
-    assert "somebody else changed it just now; try again" in result.err
+    assert "somebody else has just changed it; try again" in result.err
 
 
 def test_a_target_that_the_look_before_could_not_tell_is_a_trouble_of_the_whole(

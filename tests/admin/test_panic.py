@@ -21,7 +21,7 @@ from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.lab.store import LabStore
 
-HELD = "Everything is held by 'qvm-forward panic': nothing opens before 'qvm-forward resume'."
+HELD = "Everything is held by 'qvm-forward panic': nothing opens until 'qvm-forward resume'."
 
 BOUND_S = 60.0
 
@@ -65,8 +65,8 @@ def test_everything_is_closed_and_the_rules_are_kept(
     assert result.out == (
         "Everything is closed and held: dom0 allows no forward, and no qube is told to listen.\n"
         f"{ENDED if kind == 'qubes' else ''}"
-        "The rules are kept as they are. 'qvm-forward resume' opens again what they ask for; with "
-        "--dry-run it shows what that would be.\n"
+        "The rules are kept as they are. 'qvm-forward resume' opens them again; with --dry-run it only "
+        "shows what that would open.\n"
     )
     assert (allowed(opened), is_held(opened), opened.vm_config("sys-net")) == (frozenset(), True, {})
     assert {qube: opened.features(qube) for qube in ("work", "personal")} == rules
@@ -127,7 +127,7 @@ def test_a_resume_opens_nothing_that_was_not_shown(
     forward("panic")
     shown = look(store).plan(NOW, is_held=False)
     forward(*change.split())
-    with pytest.raises(RefusedError, match=f"nothing was opened: work {name} would open otherwise"):
+    with pytest.raises(RefusedError, match=f"nothing was opened: work {name} would not open"):
         resume(store, NOW, shown)
     assert (allowed(expiring.lab), is_held(expiring.lab)) == (frozenset(), True)
     was_held, applied = resume(store, NOW, look(store).plan(NOW, is_held=False))

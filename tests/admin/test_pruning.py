@@ -123,7 +123,7 @@ def test_a_dry_run_says_if_there_is_nothing_to_do(
 
 def test_a_dry_run_refuses_what_the_import_refuses(forward: Command, lab: LabDirectory) -> None:
     forward(*ADD)
-    words = "work b was not imported, nor was anything else. Rule work web has port 80"
+    words = "work b was not imported, nor was anything else. Rule work web already has port 80"
     for more in ([], ["--dry-run"]):
         result = forward("import", *more, stdin=f"work b {RULE}\n")
         assert result.status == 1

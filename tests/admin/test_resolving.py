@@ -89,7 +89,7 @@ def test_a_qube_elsewhere_is_refused_with_what_would_work() -> None:
     forward = internal("hidden,personal")
     assert (forward.state, forward.cause) == (State.REFUSED, Cause.SOURCE_ELSEWHERE)
     assert reasons.sentence(forward) == (
-        "hidden does not get to sys-firewall, as its netvm is sys-vpn: expose the forward there with "
+        "hidden cannot reach sys-firewall, as its netvm is sys-vpn: expose the forward there with "
         "via=sys-vpn (--via sys-vpn), or change the netvm of hidden with "
         "'qvm-prefs hidden netvm sys-firewall'."
     )
@@ -101,7 +101,7 @@ def test_a_qube_that_gets_nowhere_is_refused(netvm: str | None) -> None:
     forward = internal("other", qube("other", netvm, ip="10.137.0.20"))
     assert forward.cause is Cause.SOURCE_ELSEWHERE
     assert reasons.sentence(forward) == (
-        "other does not get to sys-firewall, which is not its netvm: change that with "
+        "other cannot reach sys-firewall, which is not its netvm: change that with "
         "'qvm-prefs other netvm sys-firewall', or name other qubes."
     )
 
@@ -139,7 +139,7 @@ def test_an_address_that_two_neighbours_have_is_nobodys() -> None:
 def test_a_netvm_that_is_let_in_brings_those_behind_it() -> None:
     forward = internal("sys-vpn,personal")
     assert causes(forward) == [Cause.SOURCE_NETVM]
-    assert "who is behind sys-vpn comes from its address, and is let in too" in reasons.notes(forward)
+    assert "whoever is behind sys-vpn has its address, and is let in too" in reasons.notes(forward)
 
 
 def test_a_named_qube_that_cannot_be_read_closes_the_forward() -> None:

@@ -12,7 +12,7 @@ from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 FIRST = ("add", "personal", "80", "--from", "any", "--name", "a")
 TAKEN = (
-    "Rule personal a has port 80 of sys-net already; take another port or listen address, or remove or "
+    "Rule personal a already has port 80 of sys-net; choose another port or listen address, or remove or "
     "disable that rule."
 )
 
@@ -89,14 +89,14 @@ def test_one_that_is_held_back_itself_does_not_get_in_line_for_a_port_that_is_ta
     suspend(forward, lab)
     result = forward(*argv)
     assert result.status == 1
-    assert "Rule work web has port 80 of sys-net already; take another port" in result.err
+    assert "Rule work web already has port 80 of sys-net; choose another port" in result.err
 
 
 def test_a_rule_for_another_way_does_not_get_the_port_either(forward: Command, lab: LabDirectory) -> None:
     forward(*ADD)
     set_netvm(lab, "work", "sys-net")
     result = forward("add", "work", "80:8080", "--from", "10.0.0.0/8", "--name", "near")
-    assert "work near was not added. Rule work web has port 80 of sys-net already" in result.err
+    assert "work near was not added. Rule work web already has port 80 of sys-net" in result.err
 
 
 def test_what_met_before_hinders_no_other_change(forward: Command, lab: LabDirectory) -> None:
@@ -123,7 +123,7 @@ def test_of_two_that_qubes_tools_brought_together_the_first_by_name_has_the_port
     assert lab.vm_config("sys-net").keys() == {"fwd.personal.a"}
     opened = content(lab)
     for command in (("list",), ("plan",), ("apply", "--dry-run"), ("apply",)):
-        assert "Rule personal a has port 80 of sys-net already" in "".join(forward(*command)[1:])
+        assert "Rule personal a already has port 80 of sys-net" in "".join(forward(*command)[1:])
     assert content(lab) == opened
     forward("disable", "personal", "a")
     assert lab.vm_config("sys-net").keys() == {"fwd.work.web"}

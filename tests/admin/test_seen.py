@@ -61,7 +61,7 @@ def test_no_change_meets_a_rule_that_another_one_has_changed(
     line = f"{lab.feature('work', 'forward.web')} comment=other"
     store.set_feature(WORK, "forward.web", line)
     error = refused(store, seen, CHANGES[done])
-    assert str(error) == f"work web was not {done}: it is no longer what you saw, but '{line}'"
+    assert str(error) == f"work web was not {done}: it is not what you saw, but '{line}'"
     assert (error.key, error.saw, error.now) == (KEY, seen, Seen(line, seen.netvms))
 
 
@@ -72,19 +72,21 @@ def test_no_change_meets_a_rule_whose_netvms_have_changed(
     lab.write_qube(replace(lab.qube("work"), netvm=QubeName("sys-vpn")))
     error = refused(store, seen, CHANGES[done])
     assert str(error) == (
-        f"work web was not {done}: the netvms of work are no longer what you saw, "
-        "sys-firewall - sys-net, but sys-vpn - sys-firewall - sys-net"
+        f"work web was not {done}: the netvms of work were sys-firewall - sys-net when you looked, and "
+        "are sys-vpn - sys-firewall - sys-net now"
     )
     assert error.now.netvms == ("sys-vpn", "sys-firewall", "sys-net")
     lab.write_qube(replace(lab.qube("work"), netvm=None))
-    assert str(refused(store, seen, CHANGES[done])).endswith("sys-firewall - sys-net, but none")
+    assert str(refused(store, seen, CHANGES[done])).endswith(
+        "sys-firewall - sys-net when you looked, and are none now"
+    )
 
 
 @pytest.mark.parametrize("done", CHANGES)
 def test_no_change_meets_a_rule_that_is_gone(seen: Seen, store: Backend, done: str) -> None:
     store.remove_feature(WORK, "forward.web")
     error = refused(store, seen, CHANGES[done])
-    assert str(error) == f"work web was not {done}: it is no longer there"
+    assert str(error) == f"work web was not {done}: it no longer exists"
     assert error.now == Seen(None, seen.netvms)
 
 
@@ -97,7 +99,7 @@ def test_a_rule_is_added_with_the_netvms_that_the_user_saw(store: Backend, lab: 
     assert seen == Seen(None, (QubeName("sys-firewall"), QubeName("sys-net")))
     lab.write_qube(replace(lab.qube("work"), netvm=QubeName("sys-net")))
     error = refused(store, seen, add)
-    assert str(error).startswith("work web was not added: the netvms of work are no longer what you saw")
+    assert str(error).startswith("work web was not added: the netvms of work were")
     (added,) = add(System(store, NOW, seen={KEY: error.now})).forwards
     assert added.named.rule.path == ("sys-net",)
 

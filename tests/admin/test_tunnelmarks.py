@@ -124,7 +124,8 @@ def test_another_mark_keeps_its_qube_a_tunnel(forward: Command, lab: LabDirector
     lab.set_feature("sys-vpn", "forward.tunnel", "1")
     result = forward("tunnel", "unmark", "sys-vpn")
     assert result.out.startswith(
-        "sys-vpn has lost our mark and is still a tunnel: feature service.vpn-handler-openvpn, which "
+        "sys-vpn has lost the mark of qvm-forward and is still a tunnel: feature "
+        "service.vpn-handler-openvpn, which "
         "'qvm-features --unset sys-vpn service.vpn-handler-openvpn' removes.\n"
     )
 

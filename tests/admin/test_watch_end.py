@@ -65,7 +65,7 @@ def test_whether_it_runs_is_known_and_it_runs_once(lab: LabDirectory) -> None:
     class Looking(LabStore):
         def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
             seen.append(self.unwatched())
-            with pytest.raises(StoreError, match="another 'qvm-forward watch' runs already"):
+            with pytest.raises(StoreError, match="another 'qvm-forward watch' is already running"):
                 watch(Namespace(), session)
             END()
             return super().changes(wakers)

@@ -35,8 +35,8 @@ def test_a_rule_ends_in_time_though_the_clock_was_set_back(expiring: Stage) -> N
     expiring.run(set_back, lambda: hands.pass_by(3600))
     assert not expiring.is_open
     assert expiring.err.getvalue() == (
-        "qvm-forward: the clock was set back by 7200 s; rules end as if it had not been, until "
-        "'qvm-forward watch' starts again\n"
+        "qvm-forward: the clock was set back by 7200 s; until 'qvm-forward watch' is restarted, rules "
+        "expire as if it had not been\n"
     )
 
 

@@ -64,9 +64,9 @@ def test_options_that_share_a_field_are_merged_if_they_may() -> None:
     [
         ("x=1", "option 'x' at column 1: unknown option; known are n, m, p, q"),
         ("n=x", "option 'n' at column 1: 'x' is not a whole number"),
-        ("n=1 n=2", "option 'n' at column 5: says again what option 'n' at column 1 has said"),
-        ("n=1 m=2", "option 'm' at column 5: says again what option 'n' at column 1 has said"),
-        ("p=1 p=2", "option 'p' at column 5: says again what option 'p' at column 1 has said"),
+        ("n=1 n=2", "option 'n' at column 5: repeats option 'n' at column 1"),
+        ("n=1 m=2", "option 'm' at column 5: repeats option 'n' at column 1"),
+        ("p=1 p=2", "option 'p' at column 5: repeats option 'p' at column 1"),
         ("p=1 q=1", "option 'q' at column 5: '1' is not another number"),
     ],
 )

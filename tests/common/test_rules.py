@@ -102,11 +102,11 @@ BAD = [
     ),
     (
         f"{MINIMAL} srcports=81",
-        f"option 'srcports' at column {AT}: says again what option 'srcports' at column 16 has said",
+        f"option 'srcports' at column {AT}: repeats option 'srcports' at column 16",
     ),
     (
         f"{MINIMAL} src4=10.0.0.0/8",
-        f"option 'src4' at column {AT}: says again what option 'srchosts' at column 28 has said",
+        f"option 'src4' at column {AT}: repeats option 'srchosts' at column 28",
     ),
     (f"{MINIMAL} mode=fast", f"option 'mode' at column {AT}: 'fast' is not one of auto, nft, qrexec"),
     (

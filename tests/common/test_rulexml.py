@@ -157,8 +157,7 @@ DOC = "<forwards version='1'><qube name='work'>{}</qube></forwards>"
         ),
         (
             rule_xml(bogus="1").replace("bogus", "srcports"),
-            "rule at line 1, property 'srcports' at line 5: says "
-            "again what property 'srcports' at line 3 has said",
+            "rule at line 1, property 'srcports' at line 5: repeats property 'srcports' at line 3",
         ),
         (
             rule_xml(srcports=""),

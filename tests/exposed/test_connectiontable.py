@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who is let in and for how long; with real sockets, and carriers that only keep what they are given."""
+"""Whoever is let in and for how long; with real sockets, and carriers that only keep what they are given."""
 
 import math
 import socket
@@ -115,7 +115,7 @@ def state(client: socket.socket) -> str:
     return "bytes"
 
 
-# Who is let in
+# Whoever is let in
 
 
 def test_who_is_let_in_is_carried_and_known_by_its_addresses() -> None:

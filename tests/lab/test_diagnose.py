@@ -69,7 +69,7 @@ def test_a_forward_of_calls_over_the_stock_service_is_walked_too(lab: Lab) -> No
     status, said = lab.run("diagnose", "personal", "web")
     assert status == 1
     assert "exit status 125" in said
-    assert "What helps: see that the server in personal runs and listens on 127.0.0.1" in said
+    assert "What helps: make sure that the server in personal is running and listens on 127.0.0.1" in said
 
 
 def test_a_server_that_listens_at_another_address_is_reached_once_its_owner_says_so(lab: Lab) -> None:
@@ -144,7 +144,7 @@ def test_no_listener_installed_none_running_and_none_that_can_be_asked(lab: Lab)
     # What it answers is newer than what its template has told.
     assert "no listener is running | 'qvm-service sys-net qubes-forward-listener on'" in lab.wrong("listener")
     lab.answers("sys-net", b"\x1b[2J")
-    assert "what sys-net says cannot be read" in lab.wrong("listener")
+    assert "the answer of sys-net cannot be read" in lab.wrong("listener")
     lab.remove_service("sys-net", STATUS_SERVICE)
     said = lab.wrong("listener")
     assert (
@@ -182,13 +182,13 @@ def test_a_firewall_that_drops_clients(lab: Lab) -> None:
     lab.listen()
     lab.firewall(CLOSED, OPEN)  # it listens by IPv4 alone
     said = lab.wrong("firewall")
-    assert "the firewall of sys-net drops what comes by IPv4 | " in said
+    assert "the firewall of sys-net drops what comes over IPv4 | " in said
     assert "'systemctl status qubes-forward-nft' in sys-net" in said
     lab.firewall(OPEN, CLOSED)
     lab.pass_through()
     steps = lab.diagnose()
     assert {step["verdict"] for step in steps} == {"ok"}
-    assert "the firewall of sys-net lets clients in by IPv4" in [step["text"] for step in steps]
+    assert "the firewall of sys-net lets clients in over IPv4" in [step["text"] for step in steps]
 
 
 def test_a_port_that_the_firewall_keeps_closed_for_want_of_the_listener(lab: Lab) -> None:
@@ -209,20 +209,20 @@ BOTH = (*IPV4, *IPV6)
 @pytest.mark.parametrize(
     ("sources", "ip", "ip6", "verdict", "words"),
     [
-        (IPV4, OPEN, CLOSED, "ok", "lets clients in by IPv4"),
-        (IPV6, OPEN, CLOSED, "stops", "drops what comes by IPv6"),
-        (IPV6, CLOSED, OPEN, "ok", "lets clients in by IPv6"),
-        (IPV6, OPEN, UNKNOWN, "unknown", "does not say whether it lets clients in by IPv6"),
-        (BOTH, OPEN, OPEN, "ok", "lets clients in by IPv4 and IPv6"),
-        (BOTH, CLOSED, CLOSED, "stops", "drops what comes by IPv4 and IPv6"),
-        (BOTH, OPEN, CLOSED, "unknown", "lets clients in by IPv4, drops what comes by IPv6"),
-        (BOTH, CLOSED, OPEN, "unknown", "lets clients in by IPv6, drops what comes by IPv4"),
+        (IPV4, OPEN, CLOSED, "ok", "lets clients in over IPv4"),
+        (IPV6, OPEN, CLOSED, "stops", "drops what comes over IPv6"),
+        (IPV6, CLOSED, OPEN, "ok", "lets clients in over IPv6"),
+        (IPV6, OPEN, UNKNOWN, "unknown", "does not say whether it lets clients in over IPv6"),
+        (BOTH, OPEN, OPEN, "ok", "lets clients in over IPv4 and IPv6"),
+        (BOTH, CLOSED, CLOSED, "stops", "drops what comes over IPv4 and IPv6"),
+        (BOTH, OPEN, CLOSED, "unknown", "lets clients in over IPv4, drops what comes over IPv6"),
+        (BOTH, CLOSED, OPEN, "unknown", "lets clients in over IPv6, drops what comes over IPv4"),
         (
             BOTH,
             CLOSED,
             UNKNOWN,
             "unknown",
-            "drops what comes by IPv4, does not say whether it lets clients in by IPv6",
+            "drops what comes over IPv4, does not say whether it lets clients in over IPv6",
         ),
     ],
 )

@@ -53,8 +53,8 @@ def test_each_protocol_is_walked_and_a_flow_is_counted(lab: Lab) -> None:
         assert [step for step, *_ in found if step in PAIRS] == [step for step in PAIRS for _ in "12"]
         assert found[-1] == (
             *("round trip", "ok"),
-            "a call for UDP from sys-net reached work; no packet was sent, so whether the server answers is "
-            "for a client to find out",
+            "a call for UDP from sys-net reached work; no packet was sent, so only a client can tell "
+            "whether the server answers",
         )
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
             client.settimeout(BOUND_S)

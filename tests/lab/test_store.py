@@ -81,7 +81,11 @@ async def test_a_call_that_ends_badly_says_how(
     store: Backend, lab: LabDirectory, script: str, status: int
 ) -> None:
     """Also one that reads nothing of what it is given."""
-    older = ", as it does not understand that; its package is older than dom0's" if status == 2 else ""
+    older = (
+        (", because it does not understand the request: its package is older than dom0's")
+        if status == 2
+        else ""
+    )
     async with open_lab(lab.root):
         service = lab.qube_dir("work").service_dirs[0] / "test.Service"
         service.write_text(f"#!/bin/sh\n{script}\n")

@@ -29,7 +29,7 @@ def test_a_server_that_is_where_its_owner_says_is_told_with_the_line(
 ) -> None:
     where = f"unix:{unix_server.getsockname()}"
     path = name_servers(f"# a comment\ntcp 80 {where}")
-    text = f"a server takes connections on port 80; calls get to {where}, as {path}:2 says"
+    text = f"a server accepts connections on port 80; calls get to {where}, as {path}:2 says"
     assert try_port(80) == Trial(Answer.THROUGH, "elsewhere", text)
 
 

@@ -135,7 +135,7 @@ def test_what_is_no_longer_as_the_user_saw_it_is_left_alone_and_both_are_shown(
     with pytest.raises(NotAsSeenError) as refused:
         act(store, saw)
     first, second = error_lines(refused.value)
-    assert "it is no longer what you saw, but 'action=forward" in first
+    assert "it is not what you saw, but 'action=forward" in first
     assert "comment=a" in first
     assert second == f"You saw: {saw.line}"
     assert content(lab) == before
@@ -159,7 +159,9 @@ def test_a_netvm_that_changed_after_the_user_agreed_is_not_agreed_to(
     with pytest.raises(NotAsSeenError) as refused:
         actions.confirm(store, NOW, KEY, saw)
     (line,) = error_lines(refused.value)
-    assert line.endswith("the netvms of work are no longer what you saw, sys-firewall - sys-net, but sys-net")
+    assert line.endswith(
+        "the netvms of work were sys-firewall - sys-net when you looked, and are sys-net now"
+    )
 
 
 def test_a_refusal_says_why_and_what_helps(store: Backend, forward: Command) -> None:
@@ -243,7 +245,7 @@ def test_resume_opens_no_more_than_was_shown(store: Backend, forward: Command, l
     with pytest.raises(RefusedError) as refused:
         actions.resume(store, NOW, shown)
     assert error_lines(refused.value) == (
-        "nothing was opened: personal wiki would open otherwise than you were shown",
+        "nothing was opened: personal wiki would not open as you were shown",
     )
     assert not allowed(lab)
 

@@ -162,7 +162,7 @@ def test_it_gets_on_while_another_command_holds_the_lock(open_dialog: Open, open
     shown = open_dialog(str(open_lab.root))
     with LabStore(open_lab).locked():
         shown.press("Close everything")
-        until(lambda: "waits for another qvm-forward, which changes something" in shown.report)
+        until(lambda: "waits for another qvm-forward, which is changing something" in shown.report)
         assert is_held(open_lab)
     until(lambda: shown.head == DONE)
 

@@ -174,7 +174,7 @@ def test_what_cannot_be_read_shows_its_text_and_can_be_removed(
     pane: Pane, lab: LabDirectory, heard: Heard
 ) -> None:
     lab.set_feature("work", "forward.web", PROBE)
-    pane.show(KEY, "✖ ", "It opens nothing; 'qvm-forward remove' takes it away.")
+    pane.show(KEY, "✖ ", "It opens nothing; 'qvm-forward remove' removes it.")
     (expander,) = of(pane.detail.widget, Gtk.Expander)
     expander.set_expanded(True)
     settle()

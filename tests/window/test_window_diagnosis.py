@@ -23,7 +23,7 @@ from qubes_fwd_qrexec.window.gtk import Gdk, Gtk
 from qubes_fwd_qrexec.window.model.board import Board
 
 KEY: Key = (QubeName("vault"), "dns")
-WELL = "Everything on the way to the server works. What the server says to its clients was not tried."
+WELL = "Everything on the way to the server works. Whether the server answers its clients was not tested."
 
 
 class Slow(Asked):

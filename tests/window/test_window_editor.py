@@ -144,7 +144,7 @@ def test_a_mend_for_elsewhere_is_copied(lab: LabDirectory, stage: Stage) -> None
     stage.looked()
     stage.add()
     stage.fill("personal")
-    until(lambda: stage.has("Rule work web has port 80 of sys-net already"))
+    until(lambda: stage.has("Rule work web already has port 80 of sys-net"))
     stage.button("Copy “qvm-forward disable work web”").clicked()
     clipboard = Gtk.Clipboard.get(Gdk.SELECTION_CLIPBOARD)
     assert clipboard.wait_for_text() == "qvm-forward disable work web"
@@ -197,7 +197,7 @@ def test_what_is_wrong_only_when_it_is_stored_is_shown_at_its_field_too(stage: S
     button = stage.ready("Open")
     stage.timer.now += 61
     button.clicked()
-    until(lambda: stage.has("that time is over already"))
+    until(lambda: stage.has("that time is in the past"))
     assert until_field.get_style_context().has_class("invalid_entry")
     assert stage.dialog.get_focus() is until_field
     stage.radio("8 hours").set_active(True)
@@ -213,7 +213,7 @@ def test_a_time_of_the_day_is_that_of_the_day_for_which_it_was_shown(stage: Stag
         until(lambda: stage.has("It ends 2027-01-15 08:01 UTC (in 1 min)."))
         stage.timer.now += 61
         stage.button("Open").clicked()
-        until(lambda: stage.has("that time is over already"))
+        until(lambda: stage.has("that time is in the past"))
         assert "forward.tcp-80" not in lab.features("work")
 
 

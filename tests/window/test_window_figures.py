@@ -44,7 +44,7 @@ def test_figures_are_those_of_the_listener(forward: Command, store: Backend) -> 
     assert lines(Figures(NOW, found._replace(rows=(row,))), KEY) == (
         "3 now, 40 accepted, 3 refused",
         BYTES,
-        "work web: refused: 1 over the rate, 2 from sources that are not allowed.",
+        "work web: refused: 1 over the rate limit, 2 from sources that are not allowed.",
         "work web: last error: no \\x1bserver.",
     )
 

@@ -85,7 +85,7 @@ def test_what_is_not_closed_comes_first_and_all_of_it_is_said() -> None:
         "policy: no longer qubes.ForwardTCP +80 sys-net work allow",
         "work: end connections that are not allowed any more",
         "sys-net: let no packets through for nft.work.web",
-        "work old: its time is over, and it stays ended",
+        "work old: mark it as expired for good",
         HELD,
     ]
     assert not any(line.is_bad for line in report.lines[4:])

@@ -187,7 +187,7 @@ def test_what_has_changed_and_is_not_shown_yet_does_not_open(
     case.later.pass_by()
     forward("set", "work", "web", "srchosts=any")
     case.resume()
-    until(lambda: "nothing was opened: work web would open otherwise than you were shown" in case.text)
+    until(lambda: "nothing was opened: work web would not open as you were shown" in case.text)
     assert is_held(opened)
     until(lambda: "2 of them to anybody" in case.text)
     case.later.pass_by()

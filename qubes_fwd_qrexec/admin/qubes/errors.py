@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from qubes_fwd_qrexec.admin.answers import NotRunningError
 from qubes_fwd_qrexec.common.errors import StoreError, TextError
 
-WHO_MAY = "qvm-forward works as root or as a member of the group qubes"
+WHO_MAY = "run qvm-forward as root or as a member of the group qubes"
 # What qubesadmin raises for an answer that it cannot parse; its ProtocolError is an AssertionError.
 _UNPARSABLE = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -36,7 +36,7 @@ def asking_qubesd(method: str, dest: str, here: str | None) -> Iterator[None]:
         way_out = how_to_allow(line) if here else "'journalctl -u qubesd' says why"
         raise UnansweredError(f"{what}: {plain(error)}. {way_out}") from error
     except exc.QubesDaemonCommunicationError as error:
-        way_out = f"{WHO_MAY}, and qubesd has to run: 'systemctl status qubesd'"
+        way_out = f"{WHO_MAY}, and make sure that qubesd is running: 'systemctl status qubesd'"
         raise StoreError(f"{what}: {plain(error)}. {way_out}") from error
     except OSError as error:
         raise StoreError(f"{what}: {plain(error)}") from error
@@ -47,8 +47,8 @@ def asking_qubesd(method: str, dest: str, here: str | None) -> Iterator[None]:
 def how_to_allow(line: str) -> str:
     """The sentence that gives a management qube the line of policy that it lacks."""
     return (
-        "If dom0's policy is what refuses it, this line allows it, in a file of /etc/qubes/policy.d that "
-        f"sorts before 30-forward.policy: '{line}'. qvm-forward(1) has all that a management qube needs"
+        "If dom0's policy refuses it, this line allows it, in a file in /etc/qubes/policy.d that sorts "
+        f"before 30-forward.policy: '{line}'. qvm-forward(1) lists what a management qube needs"
     )
 
 

@@ -46,8 +46,8 @@ def replace(text: str, token: str, here: str | None) -> None:
         if token != ANY and read(here).token != token:
             raise ChangedError(_FILE) from error
         raise StoreError(
-            f"{error}: not written, as dom0's policy could not be read with it. If another file is named, "
-            "mend that one: until then dom0 may refuse every call"
+            f"{error}: not written, as dom0's policy could not be read with it. If the error is in "
+            "another file, fix that one: until then dom0 may refuse every call"
         ) from error
 
 
@@ -131,7 +131,7 @@ def verdicts(calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
             return PolicyVerdict(False, f"the policy cannot be evaluated: {type(error).__name__}: {error}")
         if isinstance(found, AllowResolution) and str(found.target) in names:
             return PolicyVerdict(True, "dom0 allows the call")
-        return PolicyVerdict(False, "dom0 asks the user first, or sends the call elsewhere")
+        return PolicyVerdict(False, "dom0 asks the user first, or redirects the call")
 
     if not (root := logging.getLogger()).handlers:
         # The parser warns of what will be deprecated, in a file that each system has. That is for others to
@@ -141,7 +141,7 @@ def verdicts(calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
         system: dict[str, Any] = get_system_info()
         rules: Any = FilePolicy()
     except (AccessDenied, OSError, ValueError) as error:
-        reason = f"the policy cannot be read, so that dom0 denies every call: {error}"
+        reason = f"the policy cannot be read, so dom0 denies every call: {error}"
         return [PolicyVerdict(False, reason)] * len(calls)
     for domain in system["domains"].values():
         domain["power_state"] = "Running"

@@ -95,7 +95,7 @@ def properties(vm: Any) -> Mapping[str, Any]:
             raise
         except AttributeError:
             if vm.klass in _ALWAYS.get(name, ()):
-                raise ValueError(f"it has no {name}, without which nothing of its traffic is known") from None
+                raise ValueError(f"it has no {name}, so nothing is known of its traffic") from None
             return None
 
     def shown(name: str) -> str:

@@ -91,7 +91,7 @@ class QubesStore:
 
     def read_policy(self) -> PolicyFile:
         if self._here is None and self._shadow.exists():
-            raise StoreError(f"{self._shadow} takes the place of the file that qvm-forward writes; remove it")
+            raise StoreError(f"{self._shadow} overrides the file that qvm-forward writes; remove it")
         return policyapi.read(self._here)
 
     def replace_policy(self, text: str, token: str) -> None:
@@ -113,10 +113,10 @@ class QubesStore:
                 raise
             if qube == self._here:
                 text = f"{error}; no qube can call itself"
-                raise AnswerError(text, error.status, way_out="say it in dom0") from error
+                raise AnswerError(text, error.status, way_out="run it in dom0") from error
             name, user = service.partition("+")[0], _user(service)
             line = f"{name}  *  {self._here}  @anyvm  allow  user={user}  autostart=no  notify=no"
-            way_out = "have that line in dom0's policy"
+            way_out = "add that line to dom0's policy"
             raise AnswerError(f"{error}. {how_to_allow(line)}", error.status, way_out=way_out) from error
         except StoreError as error:
             raise AnswerError(str(error)) from error
@@ -150,7 +150,7 @@ class QubesStore:
         with asking_qubesd(method, qube, self._here), suppress(QubesVMNotFoundError):
             if b"power_state=Halted" not in app.qubesd_call(qube, method):
                 raise StoreError(
-                    f"{method} at {qube}: it was halted just now, and is not any more; try again"
+                    f"{method} at {qube}: it was halted a moment ago and is running now; try again"
                 )
 
     def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
@@ -184,5 +184,5 @@ class QubesStore:
 
     def locked(self) -> AbstractContextManager[None]:
         wait_s = self._lock_timeout_s
-        busy = f"another qvm-forward is changing this system, and was not done within {wait_s:g} s"
+        busy = f"another qvm-forward is changing this system, and did not finish within {wait_s:g} s"
         return hold(self._lock_file, wait_s, f"{busy}; see what it waits for", f"; {WHO_MAY}")

@@ -55,7 +55,7 @@ class Announced:
     @contextmanager
     def locked(self) -> Iterator[None]:
         with ExitStack() as lock:
-            with self._waiting("another qvm-forward, which changes something"):
+            with self._waiting("another qvm-forward, which is changing something"):
                 lock.enter_context(self._backend.locked())
             yield
 

@@ -123,8 +123,8 @@ class _Printer:
         was, self._is_set_back = self._is_set_back, ahead_s >= _SET_BACK_S
         if self._is_set_back and not was:
             self._warn(
-                f"the clock was set back by {ahead_s:.0f} s; rules end as if it had not been, until "
-                "'qvm-forward watch' starts again"
+                f"the clock was set back by {ahead_s:.0f} s; until 'qvm-forward watch' is restarted, "
+                "rules expire as if it had not been"
             )
 
     def _warn(self, text: str) -> None:

@@ -117,7 +117,7 @@ def add(args: Namespace, session: Session) -> int:
 def set_options(args: Namespace, session: Session) -> int:
     name, options = given.changes(args, session.now)
     if not options:
-        raise UsageError("nothing to change: say what, such as expire=8h, or --expire 8h")
+        raise UsageError("nothing to change: say what to change, such as expire=8h or --expire 8h")
     if args.was is not None:
         try:
             ForwardRule.parse(args.was)
@@ -149,7 +149,7 @@ def remove(args: Namespace, session: Session) -> int:
     """Close and forget, broken rules too."""
     names = _names(args)
     if not names:
-        raise UsageError("name the rules to remove, or say --all")
+        raise UsageError("name the rules to remove, or use --all")
     return removed(changing.remove(_system(args, session), ByName(args.qube, names)), session)
 
 
@@ -166,9 +166,9 @@ def removed(changed: Changed, session: Session) -> int:
 def _names(args: Namespace) -> list[str]:
     """The names and patterns of rules. Raises `UsageError`."""
     if args.all and args.names:
-        raise UsageError("--all stands for all names; leave out one or the other")
+        raise UsageError("--all already stands for all names; leave out one or the other")
     if args.qube is None and not args.all:
-        raise UsageError("name the qube, or say --all for all forwards of all qubes")
+        raise UsageError("name the qube, or use --all for all forwards of all qubes")
     return ["*"] if args.all else args.names
 
 
@@ -217,7 +217,7 @@ def closed(after: After, key: Key) -> str:
     if not after.changed.is_applied:
         return "; 'qvm-forward apply' closes it"
     if any(parse_nft_key(doubt.key) == key for doubt in after.still_open):
-        return ", but no qube says that it is closed"
+        return ", but no qube confirms that it is closed"
     return " and accepts no new connections; open ones may go on" if _flows(after, key) else " and closed"
 
 
@@ -320,8 +320,8 @@ def tell(
         is_live = changed.is_applied and any(forward.is_live for forward in changed.forwards)
         if is_live and after.watch_start is not None:
             session.say(
-                "Note: without 'qvm-forward watch', nothing closes it at its end or when a netvm changes; to "
-                f"start that: {after.watch_start}.\n"
+                "Note: 'qvm-forward watch' is not running, so dom0 does nothing when a rule expires or a "
+                f"netvm changes; to start it: {after.watch_start}.\n"
             )
         session.say_done("".join(f"{line}\n" for line in last))
     session.warn_unread(changed.after)

@@ -175,8 +175,8 @@ def _fault(error: Exception, stderr: TextIO) -> int:
     words = " ".join(str(error).split())
     text = f"{type(error).__name__}{f': {words}' if words else ''}"
     stderr.write(
-        f"qvm-forward: this is a fault of qvm-forward itself ({escaped(text)}); what was done before it "
-        f"stands. {_TRACE}=1 shows where it is\n"
+        f"qvm-forward: this is a bug in qvm-forward ({escaped(text)}); changes made before it remain. "
+        f"{_TRACE}=1 shows where it is\n"
     )
     return _FAULT
 

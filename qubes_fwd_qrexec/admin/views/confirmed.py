@@ -26,8 +26,8 @@ _LACKS: dict[str, str] = {
     Lack.NO_FAMILY: "forwards no {said}; if {said} was switched on since it started, restart it",
     Lack.NO_SERVICE: "does not have qubes-fwd-qrexec, or was started before its template had it",
     Lack.NO_ANSWER: "does not answer",
-    Why.NO_TABLE: "has no firewall of Qubes to let it through",
-    Why.OVER: "says that its time is over; is its clock right?",
+    Why.NO_TABLE: "has no Qubes firewall to let it through",
+    Why.OVER: "says that it has expired; is its clock right?",
     Why.FAILED: "cannot put it in force",
 }
 

@@ -61,13 +61,13 @@ class Connected(NamedTuple):
     def remarks(self) -> Iterator[str]:
         """What the table does not have."""
         if not (self.clients or self.unknown):
-            yield "No listener names a client."
+            yield "No listener reports a client."
         for (target, name, exposed, proto), some in self._of_each():
             if (more := len(some) - _SHOWN_MAX) > 0:
                 udp = f" ({proto})" if proto == Proto.UDP else ""
-                yield f"{target} {name}{udp}: {counted(more, 'client')} more at {exposed}; --json shows them."
+                yield f"{target} {name}{udp}: {counted(more, 'more client')} at {exposed}; --json shows them."
         for qube, more in self.left_out.items():
-            yield f"{qube} has {counted(more, 'client')} more than it tells: the idlest are left out."
+            yield f"{qube} has {counted(more, 'more client')} than it lists: the idlest are left out."
         for qube, why in self.unknown.items():
             yield f"Who is connected at {qube} is unknown: {why}."
 

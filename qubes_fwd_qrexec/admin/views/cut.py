@@ -140,7 +140,8 @@ def places(
 def _only(target: QubeName, open_at: Mapping[str, object]) -> str:
     """The one forward of a target that has connections. Raises `RefusedError` if there is another number."""
     if len(open_at) != 1:
-        which = f"say which: {', '.join([*open_at][:_NAMES_MAX])}" if open_at else "there is nothing to cut"
+        names = ", ".join([*open_at][:_NAMES_MAX])
+        which = f"name one of them: {names}" if open_at else "there is nothing to cut"
         raise RefusedError(f"{target} has {'several forwards' if open_at else 'no forward'} open; {which}")
     return next(iter(open_at))
 
@@ -150,9 +151,10 @@ def _why_closed(snapshot: Snapshot, forward: Forward | None, target: QubeName, n
     named = snapshot.find(target, name)
     if forward is not None and forward.is_live and forward.mode is Mode.NFT:
         ends = f"'qvm-forward disable {named}' ends all of its connections"
-        return f"{named} goes by nft, where no connection is cut alone; {ends}"
+        return f"{named} goes by nft, where single connections cannot be cut; {ends}"
     state = State.BROKEN if forward is None else forward.state
-    return f"{target} {escaped(name)} is {state}, and nothing of it drains; there is nothing to cut"
+    nothing = "none of its connections is draining; there is nothing to cut"
+    return f"{target} {escaped(name)} is {state}, and {nothing}"
 
 
 def _ended(found: Sequence[Cut]) -> str:
@@ -167,7 +169,7 @@ def _after(forward: Forward | None, which: WhichClients) -> tuple[str, tuple[str
     """
     if forward is None or not forward.is_live:
         return "Its forward is closed, so nobody can connect again.", ()
-    (target, name, rule), who, does = forward.named, "Who is let in", "closes it"
+    (target, name, rule), who, does = forward.named, "Whoever is let in", "closes it"
     way_out: tuple[str, ...] = ("qvm-forward", "disable", target, name)
     if which.address is not None:
         who, address = "It", unmapped(which.address)

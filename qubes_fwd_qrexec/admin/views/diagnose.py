@@ -33,7 +33,7 @@ from .walking import INSTALL, StoppedError, Stops, applied, helps, ok, unknown
 # The unit of the listener, and the Qubes service that starts it.
 LISTENER = "qubes-forward-listener"
 # A trial sends the server no data, so it cannot tell whether server and clients speak the same protocol.
-_WELL = "Everything on the way to the server works. What the server says to its clients was not tried."
+_WELL = "Everything on the way to the server works. Whether the server answers its clients was not tested."
 
 
 class Fault(StrEnum):
@@ -49,11 +49,11 @@ _SET = "qvm-forward set {target} {name} "
 _LOG = f"'journalctl -u {LISTENER}' in {{exposed}}"
 _FIREWALL_LOG = "'systemctl status qubes-forward-nft' in {exposed} says why"
 _PORT = (
-    "mend that in {exposed}, or choose another port or address: {0}, or {1}",
+    "fix that in {exposed}, or choose another port or address: {0}, or {1}",
     *(f"{_SET}srcports=PORT", f"{_SET}listen=ADDRESS"),
 )
 _START = "start the server in {{target}}, and have it listen on 127.0.0.1; 'ss -{}' there shows who listens"
-_UPDATE = "; a qubes-fwd-qrexec that is older than dom0's knows no UDP: update it"
+_UPDATE = "; an older qubes-fwd-qrexec there may not know UDP: update it"
 # What helps against each, and then the commands that it names by number.
 REMEDIES: dict[str, tuple[str, ...]] = {
     Has.NO_SERVICE: INSTALL,  # `Refusal.NO_SERVICE` is the same word
@@ -75,21 +75,22 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     ),
     NO_SERVER: (_START.format("ltn"),),
     Refusal.POLICY: (
-        "'journalctl -u qubes-qrexec-policy-daemon' in dom0 says why the call was refused; {target} may also "
-        "have reached its number of calls",
+        "'journalctl -u qubes-qrexec-policy-daemon' in dom0 says why the call was refused; {target} may "
+        "also have reached its limit of calls",
     ),
-    Refusal.SERVER: ("the server in {target} took no connection; see what it logs",),
+    Refusal.SERVER: ("the server in {target} accepted no connection; see its log",),
     # With the stock service this is also how a server that does not listen looks.
     Refusal.NO_CALL: (
-        f"see that the server in {{target}} runs and listens on 127.0.0.1; {_LOG} says how calls fail",
+        f"make sure that the server in {{target}} is running and listens on 127.0.0.1; {_LOG} says why "
+        "calls fail",
     ),
     Refusal.BUSY: ("wait until some connections to {target} have ended",),
 }
 _OTHERWISE = (f"{_LOG}, and the journal of {{target}}, say more",)
 _FIREWALL = {
-    Firewall.OPEN: "lets clients in by",
-    Firewall.CLOSED: "drops what comes by",
-    Firewall.UNKNOWN: "does not say whether it lets clients in by",
+    Firewall.OPEN: "lets clients in over",
+    Firewall.CLOSED: "drops what comes over",
+    Firewall.UNKNOWN: "does not say whether it lets clients in over",
 }
 
 
@@ -240,13 +241,13 @@ class _Walk:
         if trial is None:
             return unknown("server", f"{name} does not say whether a server listens")
         if trial.answer is Answer.THROUGH:
-            text = f"a server in {name} takes connections on port {port}"
+            text = f"a server in {name} accepts connections on port {port}"
             return ok("server", text if trial.reason != Refusal.ELSEWHERE else f"in {name}, {trial.text}")
         remedies = elsewhere(Proto.TCP, port)
         if trial.reason in remedies:
-            text = f"no server in {name} takes connections where calls get to: {trial.text}"
+            text = f"no server in {name} accepts connections where calls arrive: {trial.text}"
             raise self._stops.stopped("server", trial.reason, text, remedies[trial.reason])
-        text = f"no server in {name} takes connections on port {port} of 127.0.0.1 or ::1: {trial.text}"
+        text = f"no server in {name} accepts connections on port {port} of 127.0.0.1 or ::1: {trial.text}"
         raise self._stopped("server", NO_SERVER, text)
 
     def _round_trip(self, exposed: QubeName, config: ListenerConfig) -> Check:
@@ -260,7 +261,7 @@ class _Walk:
             text = f"{what} from {exposed} did not reach {end}: {trial.text}"
             raise self._stopped("round trip", trial.reason, text, self._target.name)
         if is_udp:
-            nobody = "no packet was sent, so whether the server answers is for a client to find out"
+            nobody = "no packet was sent, so only a client can tell whether the server answers"
             return ok("round trip", f"{what} from {exposed} reached {end}; {nobody}")
         # A server that expects something else refuses it, and nobody here sees that.
         proxy = self._forward.named.rule.proxy

@@ -85,4 +85,4 @@ def table(left: Iterable[GoesOn], style: Style) -> str:
 
 def unknown(silent: Collection[QubeName]) -> str:
     """The sentence for qubes that did not answer."""
-    return f"What drains at {', '.join(silent)} is unknown: no answer."
+    return f"What is draining at {', '.join(silent)} is unknown: no answer."

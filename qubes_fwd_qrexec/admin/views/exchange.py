@@ -137,7 +137,8 @@ def _read(path: str, form: str | None, session: Session) -> Document:
     first = text.lstrip()[:1]
     if not first:
         raise RuleError(
-            "line 1", "there is nothing to import; even an export without forwards says its version"
+            "line 1",
+            "there is nothing to import; even an export without forwards has a line with its version",
         )
     if form is None and path.endswith((".yaml", ".yml")):
         form = "yaml"

@@ -14,8 +14,8 @@ from qubes_fwd_qrexec.common.rules import ForwardRule
 from .times import parse_expire, parse_span
 
 _NO_FROM = (
-    "--from is missing: say who may connect, such as --from 192.168.0.0/16 (more with commas or by saying "
-    "it again), or --from any to let in everybody who can reach the port"
+    "--from is missing: say who may connect, such as --from 192.168.0.0/16 (separate several by commas, "
+    "or repeat --from), or --from any to let in everybody who can reach the port"
 )
 # By the names of a rule's options, what the command line has for them. `editing` knows expire+.
 _TYPED = {name: f"--{name}" for name in ForwardRule.option_names()} | {
@@ -87,7 +87,7 @@ def _stored(option: Option, now: float) -> str:
     name, text, place = option
     if name == "expire+":
         if (span := parse_span(text)) is None:
-            raise UsageError(f"{place}: {text!a} is not a span of time such as 1h30m", "expire")
+            raise UsageError(f"{place}: {text!a} is not a duration such as 1h30m", "expire")
         return str(span)
     if name != "expire" or not text:
         return text

@@ -40,15 +40,15 @@ def open_backend(lab: str | None, environ: Mapping[str, str], root: str = "/") -
 
     is_dom0 = os.path.exists(os.path.join(root, _DOM0_SIGN))
     if not is_dom0 and not os.path.exists(os.path.join(root, _QUBE_SIGN)):
-        raise RefusedError(f"this is no Qubes system, and no lab was named; {_MAKE_A_LAB}")
+        raise RefusedError(f"this is not a Qubes system, and no lab was named; {_MAKE_A_LAB}")
     missing = [package for module, package in _PACKAGES.items() if find_spec(module) is None]
     if missing:
         install = f"install {' and '.join(missing)}"
         if is_dom0:
-            raise RefusedError(f"dom0 lacks what qvm-forward asks it with: {install}")
+            raise RefusedError(f"dom0 lacks packages that qvm-forward needs: {install}")
         raise RefusedError(
-            "qvm-forward is a command of dom0, and this is a qube; run it there. In a qube that may manage "
-            f"this system, {install}; to try it without one, {_MAKE_A_LAB}"
+            "qvm-forward is a command for dom0, and this is a qube; run it in dom0. In a qube that may "
+            f"manage this system, {install}; to try it without Qubes, {_MAKE_A_LAB}"
         )
     from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 

@@ -163,8 +163,8 @@ class NftStatus(NamedTuple):
             names = ", ".join(f"{target} {name}" for target, name in keys[:_NAMED_MAX])
             more = f" and {len(keys) - _NAMED_MAX} more" if len(keys) > _NAMED_MAX else ""
             yield (
-                f"No rule asks for this: {qube} still forwards {names}{more} by nft, which nothing tells it "
-                f"to; restart {qube}, or cut off the target with 'qvm-prefs {keys[0][0]} netvm '''."
+                f"No rule asks for this: {qube} still forwards {names}{more} by nft; restart {qube}, or "
+                f"cut off the target with 'qvm-prefs {keys[0][0]} netvm '''."
             )
 
     def remarks(self) -> Iterator[str]:
@@ -182,8 +182,8 @@ class NftStatus(NamedTuple):
         least = {str(row.forward.exposed): None for row in self.rows if row.is_least and row.hops[0].counted}
         if least:
             yield (
-                f"{', '.join(least)} may have passed on more packets and bytes: while a flowtable speeds up "
-                "a connection, they are not counted."
+                f"{', '.join(least)} may have passed on more packets and bytes: while a flowtable "
+                "speeds up a connection, its packets are not counted."
             )
 
 

@@ -56,8 +56,8 @@ SERVER: dict[str, Remedy] = {
 }
 # What is left to be tried, where every step is well.
 CONCLUSION = (
-    "Everything that dom0 can see is as it should be, and dom0 sends no packets. Let a client try, and run "
-    "this again: the first qube whose counts stand still is not reached."
+    "Everything that dom0 can see is as it should be, but dom0 sends no packets itself. Let a client "
+    "try, and run this again: packets do not reach the first qube whose counts stay the same."
 )
 # More clients are not named.
 _CLIENTS_MAX = 5
@@ -117,13 +117,13 @@ def _stopped(hop: Hop, step: str, stops: Stops, answer: Answer) -> StoppedError:
 def _counted(step: str, hop: Hop, config: NftConfig, before: Hop | None) -> Check:
     """That a qube has it in force, and how much it has seen of it, which tells where packets get lost."""
     versions = " and ".join(f"IPv{version}" for version in sorted(config.versions))
-    text = f"{hop.qube} {'lets in' if config.role is Role.TARGET else 'sends on'} {versions}"
+    text = f"{hop.qube} {'lets in' if config.role is Role.TARGET else 'forwards'} {versions}"
     seen = _seen(hop, config.proto, is_least=config.side is Side.UPLINK and config.role is Role.HOP)
     if seen:
-        return ok(step, f"{text}: {seen} until now")
+        return ok(step, f"{text}: {seen} so far")
     sent = "" if before is None else _seen(before, config.proto)
     if before is None or not sent:
-        return ok(step, f"{text}, and has seen nothing of it yet")
+        return ok(step, f"{text}, and has seen no packets yet")
     lost = f"they got lost before {hop.qube}, unless it was started since"
     return Check(step, Verdict.NOTE, f"{text}, and has seen nothing of the {sent} at {before.qube}: {lost}")
 
@@ -152,7 +152,7 @@ def _client(snapshot: Snapshot, forward: Forward) -> str:
     add, ports = f"qvm-firewall {first} add --before=0 accept dsthost={address}", config.target_ports.brief()
     allow = " and ".join(f"'{add} proto={proto} dstports={ports}'" for proto in config.proto.each)
     return (
-        f"the firewall rules of a client itself ({named or 'no qube may come'}) are not looked at: "
+        f"the firewall rules of a client itself ({named or 'no qube may come'}) are not checked: "
         f"'qvm-firewall {first} list' shows them, and it is let out by {allow}"
     )
 

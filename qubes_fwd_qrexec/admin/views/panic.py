@@ -56,15 +56,15 @@ def panic(args: Namespace, session: Session) -> int:
         session.say(f"Ended {counted(count, 'call')} in {qubes}.\n")
     if held.is_held:
         session.say(
-            "The rules are kept as they are. 'qvm-forward resume' opens again what they ask for; with "
-            "--dry-run it shows what that would be.\n"
+            "The rules are kept as they are. 'qvm-forward resume' opens them again; with --dry-run it "
+            "only shows what that would open.\n"
         )
     for line in _warnings(held, undone, (*allowed, *map(str, goes_on))):
         session.warn(line)
     if targets := sorted({left.target for left in goes_on if left.target is not None}):
         session.warn(f"'qvm-shutdown {' '.join(targets)}' ends these connections at once")
     if not is_closed:
-        session.warn("mend that, and say 'qvm-forward panic' again")
+        session.warn("fix that, and run 'qvm-forward panic' again")
     return 0 if is_closed else 1
 
 

@@ -133,8 +133,8 @@ def _says(name: str, option: str, value: str, text: str) -> Argument:
 _GENERAL = (
     _argument("--lab", metavar="DIR", help=f"work on the lab in this directory (default: ${LAB_VARIABLE})"),
     _flag("--json", "print JSON, for programs"),
-    _argument("-q", "--quiet", action="store_true", help="print nothing of a change but warnings"),
-    _argument("-v", "--verbose", action="store_true", help="say what is asked of qubes and of dom0"),
+    _argument("-q", "--quiet", action="store_true", help="of a change, print only warnings"),
+    _argument("-v", "--verbose", action="store_true", help="print what is asked of qubes and of dom0"),
 )
 _QUBE = _argument("qube", metavar="QUBE")
 _QUBES = _argument("qube", nargs="*", metavar="QUBE")
@@ -144,7 +144,7 @@ _NAMES = _argument("names", nargs="*", default=(), metavar="NAME", help="or a pa
 _ALL = _flag("--all", "all forwards of the qube")
 _RULE = (
     _QUBE,
-    _argument("name", nargs="?", metavar="NAME", help="not needed where the qube has one forward"),
+    _argument("name", nargs="?", metavar="NAME", help="not needed if the qube has only one forward"),
 )
 _RULES = (_QUBE, _NAMES, _ALL, _NO_APPLY)
 _ALL_RULES = (
@@ -168,10 +168,10 @@ _OPTIONS = (
     _option("--mode", "auto|nft|qrexec", "packets along the netvms (faster), or bytes over qrexec"),
     _option("--proto", "tcp|udp|both", "what to forward (default: tcp)"),
     _option("--transport", "auto|mux|call", "many connections in one qrexec call, or one call each"),
-    _option("--proxy", "off|v1|v2", "tell the server the client's address; it must expect that"),
+    _option("--proxy", "off|v1|v2", "tell the server the client's address; it must expect this header"),
     _says("--autostart", "autostart", "yes", "let connections start a halted target"),
     _option("--expire", "TIME", "8h, 1h30m, 18:00, tomorrow 8:00, a date and time, or never"),
-    _option("--on-expire", "cut|drain", "what happens to open connections then"),
+    _option("--on-expire", "cut|drain", "what happens to open connections at the end"),
     _option("--limits", "LIMITS", "such as connections:1000,per-source:100,rate:50, any of them"),
     _says("--follow-netvm", "follow_netvm", "yes", "stay open when the netvm changes"),
     _says("--bypass-tunnel", "bypass_tunnel", "yes", "accept that the target's tunnel is bypassed"),
@@ -195,8 +195,8 @@ _SET = (
         help="an empty value restores the default; srchosts+=NET and srchosts-=NET change the list",
     ),
     *_OPTIONS,
-    _option("--extend", "TIME", "let it end that much later, such as 1h30m", dest="expire+"),
-    _argument("--was", metavar="LINE", help="refuse if the rule's line is no longer this"),
+    _option("--extend", "TIME", "extend it by this much, such as 1h30m", dest="expire+"),
+    _argument("--was", metavar="LINE", help="refuse if the stored rule is no longer this line"),
     _NO_APPLY,
 )
 _TUNNEL = (
@@ -206,7 +206,7 @@ _TUNNEL = (
 _EXPORT = (_QUBES, _argument("--format", choices=_FORMATS, help="line is the default, json with --json"))
 _IMPORT = (
     _argument("file", nargs="?", default="-", metavar="FILE", help="standard input if - or missing"),
-    _argument("--format", choices=_FORMATS, help="recognised by default, yaml by a name such as x.yaml"),
+    _argument("--format", choices=_FORMATS, help="detected by default, yaml by a name such as x.yaml"),
     _argument("--qube", metavar="QUBE", help="the target, if the file names none"),
     _flag("--replace", "replace rules of the same name"),
     _flag("--prune", "remove rules that the file does not have, of the qubes that it names"),
@@ -221,8 +221,8 @@ _STATUS = (
 )
 _CUT = (
     _QUBE,
-    _argument("name", nargs="?", metavar="NAME", help="not needed where one forward is open"),
-    _argument("--client", metavar="ADDR[:PORT]", help="those of this address alone, or this one"),
+    _argument("name", nargs="?", metavar="NAME", help="not needed if only one forward is open"),
+    _argument("--client", metavar="ADDR[:PORT]", help="only those of this address, or this one"),
 )
 
 COMMANDS = {

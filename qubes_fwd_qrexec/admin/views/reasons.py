@@ -21,14 +21,14 @@ from qubes_fwd_qrexec.common.values import QubeName, yes_no
 from . import carried, entrance
 
 Command = tuple[str, ...]
-HELD = "Everything is held by 'qvm-forward panic': nothing opens before 'qvm-forward resume'"
+HELD = "Everything is held by 'qvm-forward panic': nothing opens until 'qvm-forward resume'"
 
 _SET, _REMOVE = "qvm-forward set {target} {name} ", "qvm-forward remove {target} {name}"
 _CONFIRM = "qvm-forward confirm {target} {name}"
 _VIA, _BYPASS = _SET + "via=QUBE", _SET + "bypass-tunnel=yes"
 _OR_BYPASS = ", or accept that with bypass-tunnel=yes (--bypass-tunnel)."
 _BYPASSES = "{target} {is_tunneled}, and listening at {qube} would bypass it; "
-_ASKS = "The rule asks for {case} and {lacks}; {install}, or leave {case} out."
+_ASKS = "The rule asks for {case}, but {lacks}; {install}, or leave {case} out."
 _FORWARD, _CONNECT = Service.FORWARD_TCP, Service.CONNECT_TCP
 _QREXEC, _NFT = _SET + "mode=qrexec", _SET + "mode=nft"
 _OR_QREXEC = ", or send it over qrexec with mode=qrexec."
@@ -56,7 +56,7 @@ ROWS: dict[Cause | tuple[Cause, str], Command] = {
         _SET + "autostart=yes",
     ),
     Cause.DISABLED: ("'{0}' opens it again.", "qvm-forward enable {target} {name}"),
-    Cause.EXPIRED: ("Its time is over; '{0}' gives it more, '{1}' removes it.", _SET + "expire=+8h", _REMOVE),
+    Cause.EXPIRED: ("It has expired; '{0}' extends it, '{1}' removes it.", _SET + "expire=+8h", _REMOVE),
     Cause.HELD: (f"{HELD}.", "qvm-forward resume"),
     Cause.UNREADABLE_QUBE: (
         "Nothing opens while something about its qubes is unknown: {detail}.",
@@ -91,12 +91,12 @@ ROWS: dict[Cause | tuple[Cause, str], Command] = {
         _QREXEC,
     ),
     (Cause.NO_NETVM, Mode.QREXEC): (
-        "{target} has no netvm that could listen for it; name the qube that is to listen with via=QUBE "
+        "{target} has no netvm that could listen for it; name the qube that should listen with via=QUBE "
         "(--via QUBE).",
         _VIA,
     ),
     Cause.NO_IP_PATH: (
-        "{qube} is not a netvm of {target}, and mode=nft goes along its netvms; leave out via" + _OR_QREXEC,
+        "{qube} is not a netvm of {target}, and mode=nft follows its netvms; leave out via" + _OR_QREXEC,
         _SET + "via=",
         _QREXEC,
     ),
@@ -170,19 +170,19 @@ ROWS: dict[Cause | tuple[Cause, str], Command] = {
     ),
     (Cause.TUNNEL, "nowhere"): (_BYPASSES + "do not expose it" + _OR_BYPASS, _BYPASS),
     (Cause.CONFLICT, "port"): (
-        "Rule {rival} has {rival_ports} of {qube} already; take another port or listen address, or remove "
-        "or disable that rule.",
+        "Rule {rival} already has {rival_ports} of {qube}; choose another port or listen address, or "
+        "remove or disable that rule.",
         _SET + "srcports=PORTS",
         "qvm-forward disable {rival}",
     ),
     (Cause.CONFLICT, "own-port"): (
-        "Rule {rival} has {rival_ports} of {qube} and would get what is for {target} itself; let the server "
-        "there listen at another port, or remove or disable that rule.",
+        "Rule {rival} already has {rival_ports} of {qube}, and would get what is meant for {target} "
+        "itself; let the server there listen at another port, or remove or disable that rule.",
         _SET + "dstports=PORTS",
         "qvm-forward disable {rival}",
     ),
     (Cause.CONFLICT, "autostart"): (
-        "Rule {rival} reaches the same port of {target} from {qube} with another autostart, and dom0's "
+        "Rule {rival} reaches the same port of {target} from {qube} with a different autostart, and dom0's "
         "policy cannot tell the two apart; give both the same autostart.",
         _SET + "autostart={rival_autostart}",
     ),
@@ -199,14 +199,13 @@ ROWS: dict[Cause | tuple[Cause, str], Command] = {
     ),
     (Cause.TOO_LARGE, "bytes"): ("{detail}.", _SET + "srchosts=NETWORKS"),
     (Cause.SOURCE_ELSEWHERE, "netvm"): (
-        "{qube} does not get to {exposed}, as its netvm is {detail}: expose the forward there with "
+        "{qube} cannot reach {exposed}, as its netvm is {detail}: expose the forward there with "
         "via={detail} (--via {detail}), or change the netvm of {qube} with '{1}'.",
         _SET + "via={detail}",
         "qvm-prefs {qube} netvm {exposed}",
     ),
     (Cause.SOURCE_ELSEWHERE, "none"): (
-        "{qube} does not get to {exposed}, which is not its netvm: change that with '{0}', or name other "
-        "qubes.",
+        "{qube} cannot reach {exposed}, which is not its netvm: change that with '{0}', or name other qubes.",
         "qvm-prefs {qube} netvm {exposed}",
         _SET + "srchosts=QUBE",
     ),
@@ -225,13 +224,12 @@ ROWS: dict[Cause | tuple[Cause, str], Command] = {
         "qvm-prefs {qube} ip ADDRESS",
     ),
     Cause.TAG_ELSEWHERE: ("@tag:{case} does not let in {detail}, whose netvm is not {qube}",),
-    Cause.SOURCE_NETVM: ("who is behind {qube} comes from its address, and is let in too",),
+    Cause.SOURCE_NETVM: ("whoever is behind {qube} has its address, and is let in too",),
     Cause.ANYBODY: ("anybody who can reach the port may connect",),
     Cause.NO_OWNER: ("no owner recorded, so clones would be open too: '{0}'", _CONFIRM),
     Cause.NO_PATH: ("no path recorded, so it stays open when the netvm changes: '{0}'", _CONFIRM),
     Cause.NO_DISPOSABLES: (
-        "it opens {target} itself and not the disposables made from {target}, each of which needs a rule of "
-        "its own",
+        "it opens {target} itself, not the disposables based on it, each of which needs a rule of its own",
     ),
     Cause.IPV4_ALONE: ("IPv4 alone, as {qube} has no IPv6 address",),
     Cause.BYPASSES_TUNNEL: ("bypasses the tunnel {mark}",),
@@ -241,8 +239,8 @@ ROWS: dict[Cause | tuple[Cause, str], Command] = {
         "qvm-forward tunnel mark {qube}",
     ),
     Cause.STOCK_SERVICE: (
-        f"{{lacks}}, so each connection goes over the stock {_CONNECT}: a server that ends its sending "
-        "first loses the rest of what the client sends. To fix that, {install}",
+        f"{{lacks}}, so each connection goes over the stock {_CONNECT}: if the server closes its side "
+        "first, the rest of what the client sends is lost. To fix that, {install}",
     ),
 }
 _UNFIT = {

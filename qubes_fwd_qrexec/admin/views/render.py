@@ -102,7 +102,7 @@ def broken_line(rule: BrokenRule, style: Style) -> str:
     """One sentence for what cannot be read as a rule."""
     return (
         f"{rule.target} {escaped(rule.name)}: {style.state(State.BROKEN, State.BROKEN)}. "
-        f"{escaped(rule.problem)}. It opens nothing; 'qvm-forward remove' takes it away.\n"
+        f"{escaped(rule.problem)}. It opens nothing; 'qvm-forward remove' removes it.\n"
     )
 
 
@@ -146,7 +146,7 @@ def _exposed_reason(forward: Forward) -> str:
     if rule.via is not None:
         return "the rule names it with via"
     way = " - ".join((forward.named.target, *forward.chain))
-    last = "the last of its way out" if rule.forward_type == "external" else "the target's netvm"
+    last = "the outermost netvm" if rule.forward_type == "external" else "the target's netvm"
     return f"{last}, {way}"
 
 

@@ -70,10 +70,10 @@ def misled(forward: Forward, trial: Trial | None, stops: Stops) -> Iterator[Chec
     proxy = forward.named.rule.proxy
     expected = trial.reason if trial is not None and trial.answer is Answer.THROUGH else ""
     if proxy is Proxy.OFF and expected in (Expects.V1, Expects.V2):
-        text = "the server seems to expect a PROXY header in front of each connection, and gets none"
+        text = "the server seems to expect a PROXY header before each connection, but gets none"
         version = expected.removeprefix("expects-")
         raise stops.stopped("header", HEADER_EXPECTED, text, SEND_HEADER, version=version)
     if proxy is not Proxy.OFF and expected == Expects.NONE:
-        text = "the server seems to expect no PROXY header, and gets one"
+        text = "the server seems to expect no PROXY header, but gets one"
         undo = f"'qvm-forward set {forward.named.target} {forward.named.name} proxy=off' sends none"
         yield unknown("header", f"{text}; {undo}")

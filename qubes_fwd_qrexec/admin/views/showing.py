@@ -222,7 +222,7 @@ def _policy(forward: Forward, planned: Plan, installed: PolicyFile, verdict: Pol
     unread = f"whether {policy.NAME}.policy allows the call is not known, as it cannot be read"
     if forward.is_live:
         if installed.is_read and not allowed.issuperset(policy.lines(forward)):
-            text = "dom0 does not allow the call yet; 'qvm-forward apply' sees to it"
+            text = "dom0 does not allow the call yet; 'qvm-forward apply' changes that"
             return Check("policy", Verdict.STOPS, text, ways_out=_APPLY)
         if verdict is None or verdict.is_allowed:
             return Check("policy", Verdict.OK, "dom0 allows the call")
@@ -240,4 +240,4 @@ def _policy(forward: Forward, planned: Plan, installed: PolicyFile, verdict: Pol
     if any(words[2:4] == ends and words[1] in arguments for words in map(str.split, allowed - needed)):
         text = "dom0 still allows the call; 'qvm-forward apply' closes it"
         return Check("policy", Verdict.NOTE, text, ways_out=_APPLY)
-    return Check("policy", Verdict.STOPS, f"{policy.NAME}.policy allows nothing of it")
+    return Check("policy", Verdict.STOPS, f"{policy.NAME}.policy does not allow it")

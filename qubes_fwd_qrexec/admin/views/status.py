@@ -334,7 +334,7 @@ def _remarks(found: Status) -> Iterator[str]:
     if found.clients is not None:
         yield from found.clients.remarks()
         if found.by_nft.rows:
-            yield "Who is connected by nft is unknown: no qube tells."
+            yield "Who is connected by nft is unknown: no qube reports it."
     if found.silent:
         yield drains.unknown(found.silent)
     if found.due:

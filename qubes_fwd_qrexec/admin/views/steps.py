@@ -23,7 +23,7 @@ def words(step: Step) -> list[str]:
     if step.kind is Kind.REVOKE:
         return [f"{target}: {_ends(allowance)}" for target, allowance in step.allowances.items()]
     if step.kind is Kind.END_RULE:
-        return [f"{step.qube} {step.key}: its time is over, and it stays ended"]
+        return [f"{step.qube} {step.key}: mark it as expired for good"]
     key = step.key
     if is_nft_key(key):
         if step.kind is Kind.REMOVE_CONFIG:
@@ -93,5 +93,5 @@ def check(outcome: Outcome, error: type[StoreError] = StoreError) -> None:
         text += f"\nNot done: {undone}."
     # Another apply does not tell a target that this one could not: it finds no line of policy to take away.
     if outcome.problems:
-        text += "\n'qvm-forward apply' does the rest once that is mended"
+        text += "\n'qvm-forward apply' does the rest once that is fixed"
     raise error(text)

@@ -43,7 +43,7 @@ def decision(forward: Forward, decided: Decision) -> str:
         return f"{reason}; '{command}qrexec' sends it over qrexec"
     if decided.is_at_loopback:
         return f"{reason}; '{command}nft' is faster if it listens elsewhere too"
-    return f"{reason}; '{command}nft' says what nft would take"
+    return f"{reason}; '{command}nft' says what nft would need"
 
 
 def decision_reason(forward: Forward, decided: Decision) -> str:
@@ -63,8 +63,8 @@ def decision_reason(forward: Forward, decided: Decision) -> str:
 def safety(forward: Forward) -> str:
     """In what a forward by nft is less safe than one over qrexec."""
     return (
-        f"the network stack of {forward.named.target} itself faces the clients, every qube on the way sees "
-        "the traffic, and dom0 judges the rule and not each connection"
+        f"the network stack of {forward.named.target} itself faces the clients, every qube on the way "
+        "sees the traffic, and dom0 judges the rule, not each connection"
     )
 
 
@@ -74,7 +74,7 @@ def hides_clients(forward: Forward | None) -> str | None:
         return None
     way_out = ", or use proxy=v2" if forward.transport is Transport.MUX else ""
     seen = f"the server in {forward.named.target} sees every client as 127.0.0.1"
-    return f"{seen}; have it ask for a password{way_out}"
+    return f"{seen}; make it ask for a password{way_out}"
 
 
 def transport_reason(forward: Forward, proto: Proto = Proto.TCP) -> str:
@@ -85,7 +85,7 @@ def transport_reason(forward: Forward, proto: Proto = Proto.TCP) -> str:
         asked = Transport.AUTO if asked is Transport.CALL else asked
     elif stock is not None:
         return sentence(forward, stock)
-    return f"{forward.named.target} offers our service" if asked is Transport.AUTO else "the rule says so"
+    return f"{forward.named.target} has qubes-fwd-qrexec" if asked is Transport.AUTO else "the rule says so"
 
 
 def room(forward: Forward, needed: Mapping[QubeName, int], before: Mapping[QubeName, int]) -> str | None:
@@ -96,8 +96,8 @@ def room(forward: Forward, needed: Mapping[QubeName, int], before: Mapping[QubeN
     if calls <= CALLS_MAX or calls <= before.get(forward.exposed, 0):
         return None
     return (
-        f"the forwards of {forward.exposed} need {calls} qrexec calls, and it makes {CALLS_MAX} at once: "
-        "idle forwards give theirs up, and while all are in use, further connections wait"
+        f"the forwards of {forward.exposed} need {calls} qrexec calls, but it makes at most {CALLS_MAX} "
+        "at once: idle forwards give theirs up, and while all are in use, new connections wait"
     )
 
 

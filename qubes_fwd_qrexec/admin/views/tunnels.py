@@ -37,7 +37,7 @@ def _mark(qube: QubeName, session: Session, *, is_marked: bool) -> int:
         already = "already " if changed.before.inventory == inventory else ""
         line = f"{qube} is {already}marked as a tunnel. {_what_it_means(qube, inventory)}"
     elif left:
-        line = f"{qube} has lost our mark and is still a tunnel: {_ways_out(left, inventory)}."
+        line = f"{qube} has lost the mark of qvm-forward and is still a tunnel: {_ways_out(left, inventory)}."
     else:
         line = f"{qube} is no longer marked as a tunnel."
     last = []

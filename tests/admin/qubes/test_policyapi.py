@@ -70,7 +70,7 @@ def test_a_change_by_somebody_else_is_not_overwritten(api: Backend, lab: LabDire
         if meanwhile is not None:
             path.write_text(meanwhile)
         with pytest.raises(
-            StoreError, match=r"30-forward\.policy: somebody else changed it just now; try again"
+            StoreError, match=r"30-forward\.policy: somebody else has just changed it; try again"
         ):
             api.replace_policy("# two\n", token)
         assert api.read_policy().text == meanwhile
@@ -85,7 +85,7 @@ def test_what_qubes_cannot_read_is_not_written(api: Backend) -> None:
 
 def test_another_file_that_qubes_cannot_read_is_named(api: Backend, lab: LabDirectory) -> None:
     (lab.policy_dir / "20-mine.policy").write_text("nonsense\n")
-    with pytest.raises(StoreError, match=r"20-mine\.policy:1.*If another file is named, mend that one"):
+    with pytest.raises(StoreError, match=r"20-mine\.policy:1.*If the error is in another file, fix that one"):
         api.replace_policy("# fine\n", NEW)
 
 

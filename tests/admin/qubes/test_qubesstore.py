@@ -67,11 +67,11 @@ def test_a_file_of_another_directory_that_hides_ours_opens_nothing_and_is_named(
     shadow = dom0.root / "run/qubes/policy.d/30-forward.policy"
     shadow.parent.mkdir()
     shadow.write_text("qubes.ForwardTCP * @anyvm @anyvm allow\n")
-    with pytest.raises(StoreError, match=f"^{shadow} takes the place of the file that qvm-forward writes"):
+    with pytest.raises(StoreError, match=f"^{shadow} overrides the file that qvm-forward writes"):
         store.read_policy()
     result = over(store, "add", "work", "81", "--from", "any")
     assert result.status == 1
-    assert f"{shadow} takes the place of the file that qvm-forward writes; remove it" in result.err
+    assert f"{shadow} overrides the file that qvm-forward writes; remove it" in result.err
     shadow.unlink()
     assert over(store, "apply").status == 0
 
@@ -147,7 +147,7 @@ def test_a_qube_that_is_gone_does_not_run(store: QubesStore) -> None:
         store.ask(QubeName("gone"), SERVICE, 100)
 
 
-@pytest.mark.parametrize(("silences", "said"), [(2, "Got empty response"), (1, "it was halted just now")])
+@pytest.mark.parametrize(("silences", "said"), [(2, "Got empty response"), (1, "it was halted a moment ago")])
 def test_a_qube_of_which_qubesd_says_nothing_may_run(
     store: QubesStore, dom0: FakeQubes, silences: int, said: str
 ) -> None:
@@ -172,7 +172,7 @@ def test_a_management_qube_is_told_the_line_that_lets_it_end_mux_calls(
     install(monkeypatch, app, policy_client)
     call(QubesStore())
     app.status = 126
-    with pytest.raises(StoreError, match=r"exit status 126\. If dom0's policy is what") as caught:
+    with pytest.raises(StoreError, match=r"exit status 126\. If dom0's policy refuses it") as caught:
         call(QubesStore())
     found = re.search(f"'({REVOKE_SERVICE}.*?)'", str(caught.value))
     assert found is not None
@@ -182,7 +182,7 @@ def test_a_management_qube_is_told_the_line_that_lets_it_end_mux_calls(
     app.says[WORK, ASK] = b""
     with pytest.raises(AnswerError, match=f"this line allows it, .*'{STATUS_SERVICE} .* mgmt ") as asked:
         QubesStore().ask(WORK, ASK, 100)
-    assert asked.value.way_out == "have that line in dom0's policy"
+    assert asked.value.way_out == "add that line to dom0's policy"
 
 
 def test_calls_of_a_management_qube_begin_beside_each_other(
@@ -211,7 +211,7 @@ def test_a_management_qube_is_told_that_it_cannot_call_itself(
     app.status = 126
     with pytest.raises(AnswerError, match=r"exit status 126; no qube can call itself$") as caught:
         call(QubesStore())
-    assert caught.value.way_out == "say it in dom0"
+    assert caught.value.way_out == "run it in dom0"
     assert QubesStore().inventory().here == WORK
 
 

@@ -134,7 +134,7 @@ def test_a_qube_without_the_way_of_its_traffic_is_unreadable(
         return "".join(lines).encode() if called.method == "admin.vm.property.GetAll" else None
 
     dom0.fails = fails
-    assert f"at work: it has no {missing}, without which" in (read_work(store).problem or "")
+    assert f"at work: it has no {missing}, so nothing is known" in (read_work(store).problem or "")
 
 
 def test_what_a_qube_looks_like_is_read_and_is_nothing_that_must_be_known(

@@ -52,7 +52,7 @@ def _lock(backend: Backend) -> object:
     ("does", "said"),
     [
         (_ask, "waits for sys-net (qubes.ForwardStatus+, at most 8 s)"),
-        (_lock, "waits for another qvm-forward, which changes something"),
+        (_lock, "waits for another qvm-forward, which is changing something"),
     ],
 )
 def test_a_command_says_whom_it_waits_for(does: Callable[[Backend], object], said: str) -> None:

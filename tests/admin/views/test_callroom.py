@@ -36,7 +36,7 @@ def test_as_many_mux_calls_as_there_are_calls_fit_and_one_more_is_said() -> None
     words = said(rules(CALLS_MAX + 1))
     assert words is not None
     assert words.startswith(
-        f"the forwards of sys-net need {CALLS_MAX + 1} qrexec calls, and it makes {CALLS_MAX}"
+        f"the forwards of sys-net need {CALLS_MAX + 1} qrexec calls, but it makes at most {CALLS_MAX}"
     )
 
 

@@ -31,7 +31,7 @@ def test_add_opens_and_says_for_whom(forward: Forward, lab: LabDirectory) -> Non
         "192.168.0.0/16 reach port 8080 of work.\nIt ends "
     )
     assert "(in 8 h)" in result.out
-    assert "sees every client as 127.0.0.1; have it ask for a password, or use proxy=v2." in result.out
+    assert "sees every client as 127.0.0.1; make it ask for a password, or use proxy=v2." in result.out
     assert lab.feature("work", "forward.web") == (
         "action=forward mode=qrexec forwardtype=external proto=tcp srcports=80-80 dstports=8080-8080 "
         f"srchosts=192.168.0.0/16 owner=work path=sys-firewall,sys-net expire={NOW + 8 * 3600} "
@@ -91,7 +91,7 @@ REFUSED = [
         "none of the qubes that the rule names is left",
     ),
     (("add", "work", "80", "--from", "any", "--expire", "soon"), 2, "add: --expire: 'soon' is not a time"),
-    (("add", "work", "80", "--from", "any", "--expire", "1"), 2, "expire: that time is over already"),
+    (("add", "work", "80", "--from", "any", "--expire", "1"), 2, "expire: that time is in the past"),
     (("add", "work", "80-81:90", "--from", "any"), 2, "both must have the same number"),
     (("add", "work", "80", "--from", "any", "--proto", "udp", "--proxy", "v1"), 2, "TCP alone; use proxy=v2"),
     (("add", "personal", "80", "--from", "any", "--proto", "udp"), 1, "does not offer qubes.ForwardUDP"),
@@ -105,7 +105,7 @@ REFUSED = [
     (("add", "personal", "81", "--from", "any", "--transport", "mux"), 1, "leave transport=mux out"),
     (("add", "work", "0", "--from", "any"), 2, "add: PORT: '0' is not a port or range"),
     (("add", "work", "80:", "--from", "any"), 2, "add: PORT: '' is not"),
-    (("add", "work", "80", "--from", "any", "--name", "tunnel"), 2, "--name: 'tunnel' is not free"),
+    (("add", "work", "80", "--from", "any", "--name", "tunnel"), 2, "--name: 'tunnel' is not a free name"),
     (("add", "work", "80", "--from", "any", "--comment", "a\nb"), 2, "printable ASCII on one line"),
     (("add", "work", "80", "--from", "any", "--mode", "fast"), 2, "add: --mode: 'fast' is not one of auto,"),
     (("add", "wo rk", "80", "--from", "any"), 1, "there is no qube 'wo rk'"),
@@ -114,7 +114,7 @@ REFUSED = [
     (("add", "vault", "80", "--from", "any"), 1, "--via QUBE"),
     (("add", "untrusted", "80", "--from", "any"), 1, "behind a tunnel, marked at sys-vpn"),
     (("add", "work", "81", "--from", "any", "--name", "web"), 1, "work web exists already"),
-    (("add", "personal", "80", "--from", "any"), 1, "Rule work web has port 80 of sys-net already"),
+    (("add", "personal", "80", "--from", "any"), 1, "Rule work web already has port 80 of sys-net"),
     (("add", "vault", "80", "--from", "any", "--disabled"), 1, "--via QUBE"),
     (("set", "work", "web", "bogus=1"), 2, "option 'bogus': unknown option"),
     (("set", "work", "web", "bogus="), 2, "option 'bogus': unknown option"),
@@ -122,10 +122,14 @@ REFUSED = [
     (("set", "work", "web", "expire=x"), 2, "option 'expire': 'x' is not a time"),
     (("set", "work", "web", "srchosts="), 2, "option 'srchosts': missing"),
     (("set", "work", "web", "via=a", "via=b"), 2, "option 'via': given twice"),
-    (("set", "work", "web"), 2, "set: nothing to change: say what, such as expire=8h"),
+    (("set", "work", "web"), 2, "set: nothing to change: say what to change, such as expire=8h"),
     (("set", "work", "web", "--via", "work"), 1, "work web was not changed. work cannot listen for itself"),
     (("set", "work", "--listen", "x"), 2, "work web was not changed: --listen: 'x' is not an IPv4 or IPv6"),
-    (("set", "work", "srchosts-=10.0.0.0/8"), 2, "10.0.0.0/8 is not there; it lets in 192.168.0.0/16"),
+    (
+        ("set", "work", "srchosts-=10.0.0.0/8"),
+        2,
+        "10.0.0.0/8 is not in the list; the rule lets in 192.168.0.0/16",
+    ),
     (("set", "work", "web", "via=work"), 1, "work web was not changed. work cannot listen for itself"),
     (
         ("set", "work", "web", "srchosts=personal"),
@@ -141,11 +145,11 @@ REFUSED = [
     (("set", "gone", "web", "via=a"), 1, "there is no qube 'gone'"),
     (("remove", "work", "web", "nope"), 1, "work has no forward 'nope'"),
     (("remove", "vault", "web"), 1, "vault has no forwards; 'qvm-forward list' shows those of all qubes"),
-    (("remove", "work"), 2, "remove: name the rules to remove, or say --all"),
-    (("remove", "work", "web", "--all"), 2, "--all stands for all names"),
+    (("remove", "work"), 2, "remove: name the rules to remove, or use --all"),
+    (("remove", "work", "web", "--all"), 2, "--all already stands for all names"),
     (("remove", "work", "mail-*"), 1, "work has no forward 'mail-*', only web"),
     (("enable", "work", "nope"), 1, "work has no forward"),
-    (("disable",), 2, "disable: name the qube, or say --all for all forwards of all qubes"),
+    (("disable",), 2, "disable: name the qube, or use --all for all forwards of all qubes"),
     (("confirm", "vault"), 1, "vault has no forwards"),
     (("diagnose", "vault"), 1, "vault has no forwards"),
     (("show", "work", "nope"), 1, "work has no forward"),
@@ -261,7 +265,7 @@ def test_over_a_broken_rule_add_advises_what_is_possible(forward: Forward, lab: 
     ("netvm", "problem"),
     [
         ("gone", "The netvm of sys-firewall, gone, does not exist; set another"),
-        ("sys-firewall", "The netvms of work lead in a circle at sys-firewall; mend its netvm"),
+        ("sys-firewall", "The netvms of work form a loop at sys-firewall; change its netvm"),
     ],
 )
 def test_half_a_way_is_not_confirmed_nor_imported(

@@ -86,7 +86,7 @@ def test_of_many_that_are_enabled_the_one_that_finds_its_port_taken_is_named(
     before = content(lab)
     result = forward("enable", "--all")
     assert (result.status, result.out) == (1, "")
-    assert "personal late was not enabled. Rule work web has port 80 of sys-net already" in result.err
+    assert "personal late was not enabled. Rule work web already has port 80 of sys-net" in result.err
     assert content(lab) == before
 
 
@@ -143,7 +143,7 @@ def test_enable_does_not_take_a_port_that_is_taken(forward: Forward) -> None:
     assert forward("add", "personal", "80", "--from", "any").status == 0
     result = forward("enable", "work", "web")
     assert result.status == 1
-    assert "work web was not enabled. Rule personal tcp-80 has port 80 of sys-net already" in result.err
+    assert "work web was not enabled. Rule personal tcp-80 already has port 80 of sys-net" in result.err
 
 
 def test_a_disabled_rule_may_wait_for_a_port_that_is_taken(forward: Forward) -> None:
@@ -231,7 +231,7 @@ def test_a_clone_exposes_nothing_until_confirmed(forward: Forward, lab: LabDirec
     assert [entry["cause"] for entry in listed] == ["cloned"]
     result = forward("confirm", "personal", "web")
     assert result.status == 1
-    assert "personal web was not confirmed. Rule work web has port 80" in result.err
+    assert "personal web was not confirmed. Rule work web already has port 80" in result.err
     forward("remove", "work", "web")
     assert forward("confirm", "personal", "web").status == 0
 
@@ -314,7 +314,7 @@ def test_whatever_else_is_opened_or_closed_is_named(forward: Forward, lab: LabDi
 def test_who_makes_a_forward_hears_that_nothing_watches_over_it(
     lab: LabDirectory, over: Command, kind: str, store: Backend
 ) -> None:
-    note = "Note: without 'qvm-forward watch', nothing closes it at its end or when a netvm changes"
+    note = "Note: 'qvm-forward watch' is not running, so dom0 does nothing when a rule expires"
     assert note in over(store, *ADD).out
     assert over(store, *ADD[:-1], "again", "--json").status == 1
     for command in ("set work web comment=x", "enable work web", "confirm work web"):

@@ -41,7 +41,7 @@ def test_all_clients_are_cut_where_the_forward_is_open(backend: Answering, over:
     result = over(backend, "cut", "work", "web")
     assert (result.status, result.err) == (0, "")
     assert result.out == (
-        "Cut 3 connections of work web. Who is let in may connect again; "
+        "Cut 3 connections of work web. Whoever is let in may connect again; "
         "'qvm-forward disable work web' closes it.\n"
     )
     assert cuts(backend) == [("sys-net", TCP, "\n")]
@@ -141,7 +141,7 @@ def test_what_drains_can_be_cut_though_its_rule_is_removed(backend: Answering, o
 def test_where_several_are_open_their_names_are_asked_for(backend: Answering, over: Command) -> None:
     listener = ListenerReport(since=1, forwards=(REPORT,), draining=(GONE,))
     backend.says["sys-net", STATUS] = QubeReport(program="1", listener=listener)
-    assert "work has several forwards open; say which: gone, web\n" in over(backend, "cut", "work").err
+    assert "work has several forwards open; name one of them: gone, web\n" in over(backend, "cut", "work").err
     many = tuple(replace(GONE, name=RuleName(f"a{number}")) for number in range(30))
     listener = ListenerReport(since=1, forwards=(REPORT,), draining=many)
     backend.says["sys-net", STATUS] = QubeReport(program="1", listener=listener)
@@ -220,7 +220,8 @@ def test_a_forward_that_is_closed_has_nobody_to_cut(backend: Answering, over: Co
     over(backend, "disable", "work", "web")
     backend.says["sys-net", STATUS] = listening(replace(REPORT, connections=0))
     assert over(backend, "cut", "work", "web").err == (
-        "qvm-forward cut: work web is disabled, and nothing of it drains; there is nothing to cut\n"
+        "qvm-forward cut: work web is disabled, and none of its connections is draining; there is "
+        "nothing to cut\n"
     )
     backend.says["sys-net", STATUS] = AnswerError("x")
     assert over(backend, "cut", "work", "web").err.endswith(
@@ -239,7 +240,10 @@ def test_a_qube_that_is_halted_is_not_told_to_cut(
 
 def test_a_rule_that_cannot_be_read_has_nobody_to_cut(backend: Answering, over: Command) -> None:
     backend.set_feature(QubeName("work"), "forward.bad", "x")
-    assert "work bad is broken, and nothing of it drains" in over(backend, "cut", "work", "bad").err
+    assert (
+        "work bad is broken, and none of its connections is draining"
+        in over(backend, "cut", "work", "bad").err
+    )
 
 
 def test_by_nft_no_connection_is_cut_alone(run: Command) -> None:
@@ -247,7 +251,7 @@ def test_by_nft_no_connection_is_cut_alone(run: Command) -> None:
     result = run("cut", "work", "web")
     assert (result.status, result.err) == (
         1,
-        "qvm-forward cut: work web goes by nft, where no connection is cut alone; "
+        "qvm-forward cut: work web goes by nft, where single connections cannot be cut; "
         "'qvm-forward disable work web' ends all of its connections\n",
     )
 

@@ -46,10 +46,10 @@ def test_each_place_is_told_on_its_line_whom_to_cut(lab: LabDirectory) -> None:
     [
         (LACKS, "sys-net is too old for that; update qubes-fwd-qrexec there and restart it"),
         (AnswerError("it is halted"), "it is halted"),
-        (b"{}", "what sys-net says cannot be read: the answer to a cut: version is missing"),
+        (b"{}", "the answer of sys-net cannot be read: the answer to a cut: version is missing"),
         (
             b'{"version":1,"cut":-1,"problem":null}',
-            "what sys-net says cannot be read: the answer to a cut: cut",
+            "the answer of sys-net cannot be read: the answer to a cut: cut",
         ),
     ],
 )

@@ -99,8 +99,8 @@ def test_of_udp_the_target_is_asked_for_its_socket_and_a_call_is_made(qubes: Ask
     # That is where a call gets to.
     assert steps[8]["text"] == "in vault, udp port 53: a server listens at 127.0.0.1"
     assert steps[9]["text"] == (
-        "a call for UDP from sys-net reached vault; no packet was sent, so whether the server answers is for "
-        "a client to find out"
+        "a call for UDP from sys-net reached vault; no packet was sent, so only a client can tell "
+        "whether the server answers"
     )
 
 
@@ -198,7 +198,7 @@ def test_a_listener_that_may_know_no_udp_is_to_be_updated(
     qubes.listener = replace(LISTENER, forwards=has)
     last = walked("--proto", "both")[-1]
     assert (last["step"], last["cause"]) == ("listener", "not-yet")
-    assert ("reads everything again; a qubes-fwd-qrexec that is older" in last["remedy"]) is is_older
+    assert ("reads everything again; an older qubes-fwd-qrexec there" in last["remedy"]) is is_older
 
 
 def test_udp_is_walked_where_tcp_goes_over_the_stock_service(

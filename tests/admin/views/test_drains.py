@@ -84,7 +84,7 @@ def test_a_qube_that_does_not_say_is_named_on_one_line(
     # By nft it may have some, too, and is named once.
     backend.set_feature(SYS_NET, "service.qubes-forward-nft", "1")
     listed = over(backend, "list").out.splitlines()
-    assert listed[2:] == ["What drains at sys-net is unknown: no answer."] * is_silent
+    assert listed[2:] == ["What is draining at sys-net is unknown: no answer."] * is_silent
     assert {question.service for question in backend.asked} == {"qubes.ForwardStatus+", "qubes.ForwardNft"}
     assert over(backend, "list", "--json").json["silent"] == ["sys-net"] * is_silent
 

@@ -126,16 +126,16 @@ CASES = [
         "ok",
         "below is behind the same tunnel, sys-vpn (feature service.vpn-handler-openvpn)",
     ),
-    (rule(target="vault"), "qubes", "stops", "the qube that is to listen with via=QUBE (--via QUBE)"),
+    (rule(target="vault"), "qubes", "stops", "the qube that should listen with via=QUBE (--via QUBE)"),
     (rule("via=gone"), "qubes", "stops", "no qube gone to listen; name another one with via=QUBE"),
     (rule("mode=nft"), "service", "stops", "or send it over qrexec with mode=qrexec"),
     (rule("srcports=1-257 transport=call"), "ports", "stops", "range shorter, or use transport=mux"),
     (rule(), "expiry", "ok", "never"),
-    (rule(f"expire={NOW}"), "expiry", "stops", "gives it more, 'qvm-forward remove work web' removes it"),
+    (rule(f"expire={NOW}"), "expiry", "stops", "extends it, 'qvm-forward remove work web' removes it"),
     (rule(f"expire={NOW + 7200}"), "expiry", "ok", "(in 2 h)"),
     (rule("enabled=no"), "switch", "stops", "disabled; 'qvm-forward enable work web' opens it again"),
     (rule(), "policy", "ok", "dom0 allows the call"),
-    (rule("enabled=no"), "policy", "stops", "30-forward.policy allows nothing of it"),
+    (rule("enabled=no"), "policy", "stops", "30-forward.policy does not allow it"),
 ]
 
 
@@ -176,7 +176,7 @@ def test_policy_that_is_not_written_yet_stops_a_live_forward() -> None:
     one = found(rule(), installed="")["policy"]
     assert (one.verdict, one.text) == (
         "stops",
-        "dom0 does not allow the call yet; 'qvm-forward apply' sees to it",
+        "dom0 does not allow the call yet; 'qvm-forward apply' changes that",
     )
 
 

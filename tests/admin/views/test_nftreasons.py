@@ -28,7 +28,7 @@ BY_NFT = [
         "no-ip-path",
         rule("mode=nft via=personal"),
         nft_world(),
-        "personal is not a netvm of work, and mode=nft goes along its netvms; leave out via",
+        "personal is not a netvm of work, and mode=nft follows its netvms; leave out via",
     ),
     (
         "nft-behind-tunnel",

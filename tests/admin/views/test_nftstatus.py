@@ -123,7 +123,7 @@ def test_what_a_qube_forwards_though_nothing_tells_it_to_is_said_first(
     status = forward("status")
     assert status.status == 1
     assert status.out.splitlines()[0] == (
-        "No rule asks for this: sys-net still forwards work old by nft, which nothing tells it to; restart "
+        "No rule asks for this: sys-net still forwards work old by nft; restart "
         "sys-net, or cut off the target with 'qvm-prefs work netvm '''."
     )
     data = forward("status", "--json").json
@@ -189,8 +189,8 @@ def test_where_a_flowtable_hides_packets_that_is_said(run: Command) -> None:
     run(*ADD, "--via", "sys-firewall")
     status = run("status")
     assert status.out.endswith(
-        "\nsys-firewall may have passed on more packets and bytes: while a flowtable speeds up a connection, "
-        "they are not counted.\n"
+        "\nsys-firewall may have passed on more packets and bytes: while a flowtable speeds up a "
+        "connection, its packets are not counted.\n"
     )
     assert run("status", "--json").json["forwards"][0]["figures"]["is_least"] is True
     run("set", "work", "web", "forwardtype=internal")
@@ -231,7 +231,7 @@ def test_show_says_how_it_stands_at_each_qube_and_what_is_less_safe(
 
 def test_who_adds_one_is_told_what_is_less_safe_and_not_what_is_about_qrexec(run: Command) -> None:
     added = run(*ADD).out
-    assert "and dom0 judges the rule and not each connection.\n" in added
+    assert "and dom0 judges the rule, not each connection.\n" in added
     assert "Note: the server in work must listen on more than 127.0.0.1.\n" in added
     assert "sees every client as 127.0.0.1" not in added
     over_qrexec = run("set", "work", "web", "mode=qrexec")
@@ -263,5 +263,7 @@ def test_a_listener_is_never_asked_for_a_forward_by_nft(forward: Command, nft_la
 def test_a_qube_that_names_what_is_no_forward_cannot_be_read(forward: Command, nft_lab: NftLab) -> None:
     nft_lab.says[QubeName("sys-net")] = also(replace(OTHER, key="nft.\\x1b"))
     status = forward("status")
-    assert "What is forwarded by nft at sys-net is unknown: what sys-net says cannot be read: " in status.out
+    assert (
+        "What is forwarded by nft at sys-net is unknown: the answer of sys-net cannot be read: "
+    ) in status.out
     assert "key must be nft.TARGET.NAME" in status.out

@@ -57,13 +57,13 @@ def test_each_qube_is_looked_at_in_the_order_in_which_packets_go(
     assert [step["text"] for step in steps[1:]] == [
         "packets go sys-net (outer side) - sys-firewall (10.137.0.6) - work (10.137.0.10)",
         "dom0's policy and what the qubes are told match the rule",
-        "sys-net sends on IPv4: 3 connections and 40 packets until now",
-        "sys-firewall sends on IPv4: 3 connections and at least 40 packets until now",
-        "work lets in IPv4: 3 connections and 40 packets until now",
+        "sys-net forwards IPv4: 3 connections and 40 packets so far",
+        "sys-firewall forwards IPv4: 3 connections and at least 40 packets so far",
+        "work lets in IPv4: 3 connections and 40 packets so far",
         "in work, the server listens at 0.0.0.0",
     ]
     out = forward("diagnose", "work", "web").out
-    assert out.endswith("the first qube whose counts stand still is not reached.\n")
+    assert out.endswith("packets do not reach the first qube whose counts stay the same.\n")
     assert "Everything on the way to the server works" not in out  # nothing was sent
 
 
@@ -126,13 +126,13 @@ def only(*versions: int) -> Callable[[NftReport], NftReport]:
         (
             but(digest=None, why=Why.NO_TABLE),
             "no-table",
-            "sys-firewall has no firewall of Qubes",
+            "sys-firewall has no Qubes firewall",
             "'systemctl restart qubes-iptables' in sys-firewall loads Qubes' firewall again",
         ),
         (
             but(digest=None, why=Why.OVER),
             "over",
-            "sys-firewall says that its time is over",
+            "sys-firewall says that it has expired",
             "'sudo qvm-sync-clock' in sys-firewall",
         ),
         (
@@ -157,7 +157,7 @@ def only(*versions: int) -> Callable[[NftReport], NftReport]:
         (
             lambda _: AnswerError("qubes.ForwardNft ended with exit status 125", 125),
             "no-answer",
-            "sys-firewall does not answer: qubes-forward-nft does not run there, or the call failed (exit "
+            "sys-firewall does not answer: qubes-forward-nft is not running there, or the call failed (exit "
             "status 125)",
             "restart sys-firewall, if its service qubes-forward-nft was switched on after it started",
         ),
@@ -186,9 +186,11 @@ def test_a_target_whose_input_is_closed(diagnosed: Diagnosed, nft_lab: NftLab) -
 
 
 def test_a_qube_that_stops_meanwhile_does_not_answer(diagnosed: Diagnosed, nft_lab: NftLab) -> None:
-    nft_lab.says["sys-firewall"] = lambda _: NotRunningError("it was halted just now")
+    nft_lab.says["sys-firewall"] = lambda _: NotRunningError("it was halted a moment ago")
     said = wrong(diagnosed(), "hop", "no-answer")
-    assert said == "sys-firewall does not answer: it was halted just now | check sys-firewall, or restart it"
+    assert (
+        said == "sys-firewall does not answer: it was halted a moment ago | check sys-firewall, or restart it"
+    )
 
 
 DOES_NOT_SAY = "tcp.8080 failed", "work does not say whether a server listens: the server; "
@@ -200,14 +202,14 @@ def test_counts_show_between_which_qubes_packets_get_lost(diagnosed: Diagnosed, 
     steps = diagnosed()
     assert [step["verdict"] for step in steps] == ["ok", "ok", "ok", "ok", "note", "ok", "ok"]
     assert steps[4]["text"] == (
-        "sys-firewall sends on IPv4, and has seen nothing of the 3 connections and 40 packets at sys-net: "
+        "sys-firewall forwards IPv4, and has seen nothing of the 3 connections and 40 packets at sys-net: "
         "they got lost before sys-firewall, unless it was started since"
     )
     nft_lab.says["sys-net"] = NOTHING
     texts = [step["text"] for step in diagnosed()]
     assert texts[3:5] == [
-        "sys-net sends on IPv4, and has seen nothing of it yet",
-        "sys-firewall sends on IPv4, and has seen nothing of it yet",
+        "sys-net forwards IPv4, and has seen no packets yet",
+        "sys-firewall forwards IPv4, and has seen no packets yet",
     ]
 
 
@@ -227,16 +229,14 @@ def test_the_rules_of_a_client_itself_are_named_where_clients_are_qubes(
     ]
     assert (steps[5]["verdict"], steps[5]["text"]) == (
         "unknown",
-        "the firewall rules of a client itself (personal, sys-vpn) are not looked at: 'qvm-firewall CLIENT "
+        "the firewall rules of a client itself (personal, sys-vpn) are not checked: 'qvm-firewall CLIENT "
         "list' shows them, and it is let out by 'qvm-firewall CLIENT add --before=0 accept "
         "dsthost=10.137.0.10 proto=tcp dstports=8080'",
     )
     forward("set", "work", "web", "srchosts=personal")
-    assert (
-        "itself (personal) are not looked at: 'qvm-firewall personal list' shows" in diagnosed()[-2]["text"]
-    )
+    assert "itself (personal) are not checked: 'qvm-firewall personal list' shows" in diagnosed()[-2]["text"]
     forward("set", "work", "web", "srchosts=192.168.0.0/16")
-    assert "itself (no qube may come) are not looked at" in diagnosed()[-2]["text"]
+    assert "itself (no qube may come) are not checked" in diagnosed()[-2]["text"]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_of_udp_flows_are_counted_and_its_server_is_looked_for_too(
     nft_lab.listens = "udp.8080"
     steps = diagnosed()
     assert steps[-1]["verdict"] == "ok"
-    assert steps[3]["text"] == "sys-net sends on IPv4: 3 UDP flows and 40 packets until now"
+    assert steps[3]["text"] == "sys-net forwards IPv4: 3 UDP flows and 40 packets so far"
     nft_lab.listens = "udp.8080 loopback"
     assert wrong(diagnosed(), "server", "loopback").endswith("'qvm-forward set work web mode=qrexec'")
 
@@ -283,7 +283,7 @@ def test_of_a_forward_of_both_the_servers_of_both_are_looked_for(
     forward("set", "work", "web", "proto=both")
     steps = diagnosed()
     assert [step["step"] for step in steps] == [*ALL, "server"]
-    assert steps[3]["text"] == "sys-net sends on IPv4: 3 connections and UDP flows and 40 packets until now"
+    assert steps[3]["text"] == "sys-net forwards IPv4: 3 connections and UDP flows and 40 packets so far"
     assert steps[-1]["text"].endswith("; 'ss -lnu' in work shows where servers listen")
     forward("set", "work", "web", "forwardtype=internal", "srchosts=personal")
     (client,) = (step["text"] for step in diagnosed() if step["step"] == "client")

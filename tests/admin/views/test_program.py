@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_without_a_lab_it_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match=r"no Qubes system.*qvm-forward-lab init DIR.*--lab DIR"):
+    with pytest.raises(RefusedError, match=r"not a Qubes system.*qvm-forward-lab init DIR.*--lab DIR"):
         locate.open_backend(None, {}, str(tmp_path))
 
 
@@ -33,11 +33,11 @@ def test_on_a_qubes_system_it_says_which_packages_are_missing(
     (tmp_path / "usr/share/qubes/marker-vm").mkdir(parents=True)
     packages = "install python3-qubesadmin and qubes-core-qrexec"
     with pytest.raises(
-        RefusedError, match=f"a command of dom0, and this is a qube; run it there.*{packages}"
+        RefusedError, match=f"a command for dom0, and this is a qube; run it in dom0.*{packages}"
     ):
         locate.open_backend(None, {}, str(tmp_path))
     (tmp_path / "etc/qubes-release").mkdir(parents=True)
-    with pytest.raises(RefusedError, match=f"dom0 lacks what qvm-forward asks it with: {packages}"):
+    with pytest.raises(RefusedError, match=f"dom0 lacks packages that qvm-forward needs: {packages}"):
         locate.open_backend(None, {}, str(tmp_path))
 
 
@@ -279,7 +279,7 @@ def test_no_trace_reaches_a_user_but_the_one_who_asks(
     monkeypatch.setattr(locate, "open_backend", fail)
     assert cli.main(["list"]) == 3
     said = capsys.readouterr().err
-    assert said.startswith("qvm-forward: this is a fault of qvm-forward itself (KeyError: 'a\\x1b[1m\\nb'); ")
+    assert said.startswith("qvm-forward: this is a bug in qvm-forward (KeyError: 'a\\x1b[1m\\nb'); ")
     assert "Traceback" not in said
     monkeypatch.setenv("QVM_FORWARD_TRACE", "1")
     assert cli.main(["list"]) == 3

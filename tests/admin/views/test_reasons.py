@@ -79,7 +79,7 @@ CASES = [
         rule(f"expire={NOW}"),
         world(),
         State.EXPIRED,
-        "Its time is over; 'qvm-forward set work web expire=+8h' gives it more, 'qvm-forward remove work "
+        "It has expired; 'qvm-forward set work web expire=+8h' extends it, 'qvm-forward remove work "
         "web' removes it.",
     ),
     (
@@ -139,7 +139,7 @@ CASES = [
         rule(target="vault"),
         world(),
         State.REFUSED,
-        "vault has no netvm that could listen for it; name the qube that is to listen with via=QUBE (--via "
+        "vault has no netvm that could listen for it; name the qube that should listen with via=QUBE (--via "
         "QUBE).",
     ),
     (
@@ -147,7 +147,7 @@ CASES = [
         rule(),
         world(qube("sys-net", "sys-firewall")),
         State.REFUSED,
-        "The netvms of work lead in a circle at sys-firewall; mend its netvm.",
+        "The netvms of work form a loop at sys-firewall; change its netvm.",
     ),
     (
         "netvm-broken",
@@ -192,7 +192,7 @@ CASES = [
         rule("transport=mux", target="personal"),
         world(),
         State.REFUSED,
-        "The rule asks for transport=mux and personal does not offer qubes.ForwardTCP; install "
+        "The rule asks for transport=mux, but personal does not offer qubes.ForwardTCP; install "
         "qubes-fwd-qrexec in its template debian-12 and restart personal, or leave transport=mux out.",
     ),
     (
@@ -200,7 +200,7 @@ CASES = [
         rule("proxy=v1", target="personal"),
         world(),
         State.REFUSED,
-        "The rule asks for proxy and personal does not offer qubes.ForwardTCP; install qubes-fwd-qrexec in "
+        "The rule asks for proxy, but personal does not offer qubes.ForwardTCP; install qubes-fwd-qrexec in "
         "its template debian-12 and restart personal, or leave proxy out.",
     ),
     (
@@ -208,7 +208,7 @@ CASES = [
         rule("transport=mux", target="own"),
         world(qube("own", "sys-firewall", klass="StandaloneVM")),
         State.REFUSED,
-        "The rule asks for transport=mux and own does not offer qubes.ForwardTCP; install "
+        "The rule asks for transport=mux, but own does not offer qubes.ForwardTCP; install "
         "qubes-fwd-qrexec in own, or leave transport=mux out.",
     ),
     (
@@ -315,7 +315,7 @@ CASES += [
         rule("srchosts=hidden forwardtype=internal"),
         nft_world(),
         State.REFUSED,
-        "hidden does not get to sys-firewall, as its netvm is sys-vpn: expose the forward there with "
+        "hidden cannot reach sys-firewall, as its netvm is sys-vpn: expose the forward there with "
         "via=sys-vpn (--via sys-vpn), or change the netvm of hidden with "
         "'qvm-prefs hidden netvm sys-firewall'.",
     ),

@@ -75,7 +75,7 @@ def test_a_server_that_is_not_where_calls_get_to_ends_the_walk_with_what_to_writ
     qubes.trials["80"] = Trial(Answer.REFUSED, reason, "what the target says")
     last = walked(qubes)[-1]
     assert (last["step"], last["verdict"], last["cause"]) == ("server", "stops", reason)
-    assert last["text"] == "no server in vault takes connections where calls get to: what the target says"
+    assert last["text"] == "no server in vault accepts connections where calls arrive: what the target says"
     assert last["remedy"] == remedy
 
 
@@ -96,7 +96,7 @@ def test_a_server_that_seems_to_expect_no_header_and_gets_one_is_told(qubes: Ask
     last = walked(qubes, "--proxy", "v2")[-1]
     assert (last["step"], last["verdict"]) == ("header", "unknown")
     assert last["text"] == (
-        "the server seems to expect no PROXY header, and gets one; 'qvm-forward set vault web proxy=off' "
+        "the server seems to expect no PROXY header, but gets one; 'qvm-forward set vault web proxy=off' "
         "sends none"
     )
 

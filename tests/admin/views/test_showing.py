@@ -209,7 +209,7 @@ def test_show_gives_reasons(forward: Forward) -> None:
     forward("add", "personal", "82", "--from", "any", "--internal", "--name", "internal")
     told = forward("show", "work", "web").out
     assert "mode qrexec: the rule says so." in told
-    assert "listening at sys-net: the last of its way out, work - sys-firewall - sys-net." in told
+    assert "listening at sys-net: the outermost netvm, work - sys-firewall - sys-net." in told
     told = forward("show", "personal", "via").out
     assert "listening at sys-vpn: the rule names it with via." in told
     assert "transport call over qubes.ConnectTCP: personal does not offer qubes.ForwardTCP" in told

@@ -128,7 +128,7 @@ def test_what_drains_is_shown_and_who_does_not_say_is_named(
     assert [entry["connections"] for entry in found.as_json()["draining"]] == [2, 1]
     words = shown(look(store, sys_net=AnswerError("x")))
     assert "No forward is open.\n" in words
-    assert "What drains at sys-net is unknown: no answer.\n" in words
+    assert "What is draining at sys-net is unknown: no answer.\n" in words
     for answer in (NOTHING, AnswerError("x", 127), NotRunningError("x")):
         assert shown(look(store, sys_net=answer)).startswith("Nothing is open.\n")
 

@@ -79,7 +79,7 @@ def test_nobody_is_asked_for_addresses_without_the_option(backend: Answering, ov
 
 def test_that_nobody_is_connected_is_said(backend: Answering, over: Command) -> None:
     backend.says[ASKED] = naming()
-    assert "No listener names a client.\n" in over(backend, "status", "--clients").out
+    assert "No listener reports a client.\n" in over(backend, "status", "--clients").out
 
 
 def test_a_hundred_clients_take_twenty_rows_and_the_others_are_counted(
@@ -92,9 +92,9 @@ def test_a_hundred_clients_take_twenty_rows_and_the_others_are_counted(
     assert "192.168.0.5:20 " in result
     assert "192.168.0.5:21 " not in result
     assert result.count("192.168.0.5:") == 40
-    assert "work web: 80 clients more at sys-net; --json shows them.\n" in result
-    assert "work web (udp): 1 client more at sys-net; --json shows them.\n" in result
-    assert "sys-net has 7 clients more than it tells: the idlest are left out.\n" in result
+    assert "work web: 80 more clients at sys-net; --json shows them.\n" in result
+    assert "work web (udp): 1 more client at sys-net; --json shows them.\n" in result
+    assert "sys-net has 7 more clients than it lists: the idlest are left out.\n" in result
     told = over(backend, "status", "--clients", "--json").json
     assert len(told["clients"]) == 122
     assert told["clients_left_out"] == {"sys-net": 7}
@@ -142,12 +142,12 @@ def test_a_qube_that_does_not_answer_is_named_and_a_halted_one_is_not(
     assert "Who is connected at sys-net is unknown: no answer.\n" in over(backend, "status", "--clients").out
     for nobody in (NotRunningError("x"), QubeReport(program="1")):
         backend.says[ASKED] = nobody
-        assert "No listener names a client.\n" in over(backend, "status", "--clients").out
+        assert "No listener reports a client.\n" in over(backend, "status", "--clients").out
 
 
 def test_that_nobody_tells_who_comes_by_nft_is_said(run: Command) -> None:
     run(*ADD)
-    assert "Who is connected by nft is unknown: no qube tells.\n" in run("status", "--clients").out
+    assert "Who is connected by nft is unknown: no qube reports it.\n" in run("status", "--clients").out
     assert "Who is" not in run("status").out
 
 

@@ -34,7 +34,7 @@ def test_a_forward_of_both_has_a_row_for_each_protocol(forward: Command, store: 
         "work web active sys-net:80 allows open 3 40 0 999 1.5 KiB",
         "work web active sys-net:80 udp allows open 2 7 4 999 1.5 KiB",
         "",
-        "work web (udp): refused: 4 over the rate.",
+        "work web (udp): refused: 4 over the rate limit.",
         "work web (udp): 1 datagram from clients, 118 to clients.",
         "work web (udp): datagrams dropped: 1 that came too fast, 2 that waited too long.",
     ]
@@ -76,7 +76,7 @@ def test_single_calls_are_those_of_tcp_alone(forward: Command, store: Backend) -
     found = look(store, sys_net=listening(REPORT, UDP), work=target)
     assert [row.mux_calls for row in found.rows] == [None, 1]
     told = [[row[key] for key in ("service", "transport", "transport_reason")] for row in rows_of(found)]
-    offers = "work offers our service"
+    offers = "work has qubes-fwd-qrexec"
     assert told == [["qubes.ForwardTCP", "call", "the rule says so"], ["qubes.ForwardUDP", "mux", offers]]
     explained = forward("plan").out
     assert "  transport call over qubes.ForwardTCP: the rule says so.\n" in explained
