@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The answer of a called qube, read within bounds of size and time: it may send anything, or never end."""
+"""The answer of a called qube, read within limits of size and time: it may send anything, or never end."""
 
 import os
 import select
@@ -29,9 +29,10 @@ _T = TypeVar("_T")
 
 
 class AnswerError(StoreError):
-    """A qube that was asked gave no answer; ``status`` is the call's exit status, if it came to that.
+    """A qube that was asked gave no answer.
 
-    ``way_out`` says what helps, if the fault is known and lies outside of the qube.
+    ``status`` is the call's exit status, if the call got that far. ``way_out`` says what helps, if the cause
+    is known and lies outside of the qube.
     """
 
     def __init__(self, text: str, status: int | None = None, *, way_out: str = "") -> None:
@@ -41,16 +42,17 @@ class AnswerError(StoreError):
 
 
 class NotRunningError(AnswerError):
-    """The qube is not running, so nothing lives there that a call could end."""
+    """The qube is not running, so it has no calls that could be ended."""
 
 
 def read_answer(
     process: Popen[bytes], given: str, max_bytes: int, what: str, timeout_s: float | None = None
 ) -> bytes:
-    """Give a call its input and return all that it says, which is untrusted. The call has ended then.
+    """Give a call its input and return all of its output, which is untrusted; the call has then ended.
 
     ``process`` has pipes as stdin and stdout, and ``what`` names the call in errors. Raises `AnswerError`
-    unless it ends with status 0, within ``timeout_s`` (else `ANSWER_TIMEOUT_S`), after at most ``max_bytes``.
+    unless the call ends with status 0, within ``timeout_s`` (default `ANSWER_TIMEOUT_S`), after at most
+    ``max_bytes``.
     """
     timeout_s = ANSWER_TIMEOUT_S if timeout_s is None else timeout_s
     deadline = time.monotonic() + timeout_s
@@ -78,7 +80,7 @@ def read_answer(
 
 
 def _exchange(stdin: IO[bytes], stdout: IO[bytes], given: bytes, max_bytes: int, deadline: float) -> bytes:
-    """What is said to its end, or the first ``max_bytes``; what is given may be read or not. Raises
+    """The output up to its end, or its first ``max_bytes``; the call may read its input or not. Raises
     `TimeoutError`.
     """
     left, untrusted_said, is_over = memoryview(given), bytearray(), False
@@ -109,7 +111,9 @@ def _exchange(stdin: IO[bytes], stdout: IO[bytes], given: bytes, max_bytes: int,
 
 
 def _written(fd: int, data: memoryview) -> int:
-    """How many bytes are done with: a call that ends without reading says why by its exit status."""
+    """How many bytes need not be written any more: a call that ends without reading gives the reason by its
+    exit status.
+    """
     try:
         return os.write(fd, data)
     except BrokenPipeError:
@@ -118,7 +122,7 @@ def _written(fd: int, data: memoryview) -> int:
 
 @contextmanager
 def reading(qube: QubeName) -> Iterator[None]:
-    """Raises `AnswerError` for what this qube says and cannot be read."""
+    """Turns errors in the answer of this qube into `AnswerError`."""
     try:
         yield
     except ReportError as error:
@@ -128,7 +132,7 @@ def reading(qube: QubeName) -> Iterator[None]:
 def ask_status(
     backend: Backend, qube: QubeName, argument: str = "", timeout_s: float | None = None
 ) -> QubeReport:
-    """What a qube says of itself. Raises `AnswerError`."""
+    """What a qube reports about itself. Raises `AnswerError`."""
     with reading(qube):
         return QubeReport.parse(
             backend.ask(qube, f"{STATUS_SERVICE}+{argument}", REPORT_MAX_BYTES, timeout_s)
@@ -136,7 +140,7 @@ def ask_status(
 
 
 def both(one: Callable[[], _K], other: Callable[[], _T]) -> tuple[_K, _T]:
-    """What two functions return that ask qubes, while both do."""
+    """The results of two functions that ask qubes, run at the same time."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as pool:
@@ -145,11 +149,10 @@ def both(one: Callable[[], _K], other: Callable[[], _T]) -> tuple[_K, _T]:
 
 
 def at_once(ask: Callable[[_K], _T], questions: Collection[_K]) -> dict[_K, _T]:
-    """What ``ask`` returns for each, which is called in threads that end before this returns. Some are asked
-    at once: while one is `waiting`, another goes on.
+    """What ``ask`` returns for each, called in threads that end before this returns.
 
-    Only one of them does anything else at a time. All those that want Python's lock keep the main loop of a
-    window from it, which gives it up in each call of GTK.
+    While one of them is `waiting`, the next is asked. Otherwise only one runs at a time: threads that compete
+    for Python's lock would hold up the main loop of a window, which gives it up in each call of GTK.
     """
     if len(questions) < 2:
         return {question: ask(question) for question in questions}
@@ -167,7 +170,7 @@ def at_once(ask: Callable[[_K], _T], questions: Collection[_K]) -> dict[_K, _T]:
 
 
 class _Thread(local):
-    """What a thread of `at_once` holds, but while it is `waiting`."""
+    """The lock that a thread of `at_once` holds, except while it is `waiting`."""
 
     lock: "Lock | None" = None  # Python 3.11 has no such type, but a function
 
@@ -177,7 +180,7 @@ _thread = _Thread()
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """In which a question waits for others, so that the next can be asked meanwhile."""
+    """The context in which a query waits for others, so that the next qube can be asked meanwhile."""
     if (lock := _thread.lock) is None:
         yield
         return

@@ -37,7 +37,7 @@ _LOOKS = 3
 
 
 class Kind(StrEnum):
-    """What a step does, in a word for programs."""
+    """What a step does, as a word for programs."""
 
     CLOSE_POLICY = "close-policy"
     REVOKE = "revoke"
@@ -77,7 +77,7 @@ class Step(NamedTuple):
 
     @property
     def opens(self) -> bool:
-        """Whether it lets in what was not, or lets a qube know of a forward that it did not."""
+        """Whether it lets in more, or tells a qube of a forward that it did not know."""
         return self.kind is Kind.OPEN_POLICY or (self.kind is Kind.SET_CONFIG and self.was is None)
 
     @property
@@ -114,7 +114,7 @@ class Outcome(NamedTuple):
         return {(step.qube, step.key): step.was for step in reversed(self.done) if step.tells}
 
     def after(self, earlier: "Outcome") -> "Outcome":
-        """This one and the one before it, whose undone steps and problems this one has met again."""
+        """This outcome combined with the previous one, whose undone steps and problems this one met again."""
         return self._replace(
             done=(*earlier.done, *self.done),
             untold=(*earlier.untold, *self.untold),
@@ -123,8 +123,9 @@ class Outcome(NamedTuple):
 
 
 def _without(forward: Forward, untold: Collection[Place]) -> Forward:
-    """What is left of a forward where qubes could not be told of it. Over qrexec each protocol is by itself;
-    by nft nothing is left, as each qube of the path decides on both.
+    """What is left of a forward if qubes could not be told of it.
+
+    Over qrexec each protocol stands alone; by nft nothing is left, as each qube on the path decides on both.
     """
     if not untold:
         return forward
@@ -200,7 +201,7 @@ def differences(
 
 
 def _ends(plan: Plan) -> Iterator[Step]:
-    """That the time of rules is over is stored, so that no clock that is set back opens them again."""
+    """Steps that store that rules have expired, so that a clock that is set back does not open them again."""
     for forward in plan:
         target, name, rule = forward.named
         if forward.cause is Cause.EXPIRED and not rule.has_ended:
@@ -257,7 +258,7 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
 
 
 def _is_still(installed: PolicyFile, backend: Backend, *, if_unread: bool) -> bool:
-    """Whether the policy file says the same; ``if_unread`` if it cannot be read."""
+    """Whether the policy file still has this text; ``if_unread`` if it cannot be read."""
     with suppress(StoreError):
         return backend.read_policy().text == installed.text
     return if_unread

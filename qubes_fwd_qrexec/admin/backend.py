@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What `admin` asks of the system that it runs on: the one interface of Qubes and of the lab.
+"""What `admin` needs from the system that it runs on: the one interface to Qubes and to the lab.
 
-Whatever goes wrong is a `StoreError`, which says what and where.
+Every failure is a `StoreError`, which says what failed and where.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ WATCH_BUSY = "another 'qvm-forward watch' is already running"
 
 
 class ChangedError(StoreError):
-    """Somebody else has changed the policy file since it was read, and it is left as they wrote it."""
+    """Somebody else has changed the policy file since it was read; it is left as they wrote it."""
 
     def __init__(self, place: object) -> None:
         super().__init__(f"{place}: somebody else has just changed it; try again")
@@ -62,7 +62,7 @@ class PolicyVerdict(NamedTuple):
 
 
 class Changes(Protocol):
-    """Tells that something has changed that plan, configuration or policy depend on, and never what."""
+    """Reports that something has changed that plan, configuration or policy depend on, but not what."""
 
     def wait(self, timeout_s: float | None) -> bool:
         """Block until something changed (True), ``timeout_s`` are over or a waker is readable (False).
@@ -76,7 +76,9 @@ class Backend(Protocol):
     """A system of qubes. Whoever changes something holds `locked`."""
 
     def inventory(self, *, with_config: bool = True) -> Inventory:
-        """All qubes, with the features that matter; without ``with_config`` not what listeners are told."""
+        """All qubes, with the features that matter; without ``with_config``, leaves out what listeners are
+        told.
+        """
 
     def set_feature(self, qube: QubeName, key: str, value: str) -> None:
         """``vm-config.`` ones reach a running qube at once, others at its start."""
@@ -100,19 +102,19 @@ class Backend(Protocol):
         """
 
     def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
-        """What dom0's whole policy says of calls, as if their targets ran."""
+        """What dom0's whole policy decides about calls, as if their targets were running."""
 
     def locked(self) -> AbstractContextManager[None]:
         """Exclude other changes. Raises `StoreError` if they are not done within 10 s."""
 
     def watching(self) -> AbstractContextManager[None]:
-        """Let `unwatched` know that `watch` runs. Raises `StoreError` if another one does."""
+        """Lets `unwatched` see that `watch` is running. Raises `StoreError` if another one is."""
 
     def unwatched(self) -> str | None:
-        """What starts `watch`, where it does not run; None where it does."""
+        """The command that starts `watch`, if it is not running; None if it is."""
 
     def read_only(self) -> str | None:
-        """Why nothing can be changed from here; None if it can, or if only a change would tell."""
+        """Why nothing can be changed from here; None if it can, or if only trying would tell."""
 
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
         """The news. ``wakers`` are descriptors that end a wait while they are readable."""

@@ -35,7 +35,7 @@ from .states import Cause, Finding, Forward, Key, NotOpenError, Plan, State
 
 
 class NotMarkedError(RefusedError):
-    """There is no mark of ours to take away from a qube."""
+    """The qube has no mark of ours to remove."""
 
 
 class System(NamedTuple):
@@ -73,7 +73,7 @@ class Changed:
 
     @property
     def forwards(self) -> list[Forward]:
-        """What the change was about, as it is now."""
+        """The forwards that the change was about, as they are now."""
         return [forward for key in self.keys if (forward := self.plan.find(*key)) is not None]
 
 
@@ -165,7 +165,7 @@ def add(system: System, target: QubeName, rule: ForwardRule, name: RuleName | No
 
 
 def remove(system: System, which: Which) -> Changed:
-    """Close and forget, rules that cannot be read too."""
+    """Close forwards and delete their rules, including those that cannot be read."""
 
     def decide(snapshot: Snapshot) -> NewLines:
         return {(entry.target, entry.name): None for entry in snapshot.chosen(which)}
@@ -174,14 +174,14 @@ def remove(system: System, which: Which) -> Changed:
 
 
 def enable(system: System, which: Which) -> Changed:
-    """Open what was disabled; a rule that has ended gets what is left of its time."""
+    """Open what was disabled; an expired rule gets the time that was left."""
     return _change_each(
         system, which, lambda old, _: replace(old.rule, enabled=True, has_ended=False), "enabled"
     )
 
 
 def disable(system: System, which: Which) -> Changed:
-    """Close and keep."""
+    """Close forwards and keep their rules."""
     return _change_each(system, which, lambda old, _: replace(old.rule, enabled=False), "disabled")
 
 
@@ -191,7 +191,9 @@ def confirm(system: System, which: Which) -> Changed:
 
 
 def confirmed_rule(old: NamedRule, inventory: Inventory) -> ForwardRule:
-    """A rule as `confirm` stores it. Raises `RefusedError` where the netvms lead nowhere."""
+    """A rule as `confirm` stores it. Raises `RefusedError` if the netvms form a loop or lead to a missing
+    qube.
+    """
     chain = inventory.chain(old.target)
     if chain.problem is not None:
         raise RefusedError(f"{old} was not confirmed. {chain.problem}")
@@ -263,7 +265,7 @@ def _change_each(
     decides_mode: bool = False,
     saw: Seen | None = None,
 ) -> Changed:
-    """Change rules that are chosen. One that cannot be read is an error unless a pattern alone means it."""
+    """Change the chosen rules. One that cannot be read is an error, unless only a pattern matches it."""
     patterns = which.names if isinstance(which, ByName) else ()
 
     def decide(snapshot: Snapshot) -> NewLines:
@@ -334,7 +336,7 @@ def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str)
 
 
 def new_problem(old: Forward | None, new: Forward, *, ports_alone: bool = False) -> Finding | None:
-    """What would newly keep a rule closed; or, if it was and stays disabled, once it is enabled."""
+    """What would newly keep a rule closed; if it was and stays disabled, what would once it is enabled."""
     if old is not None and old.named.rule.enabled is not new.named.rule.enabled:
         if old.named.rule.enabled:
             return None  # what closes is never refused
@@ -349,6 +351,6 @@ def new_problem(old: Forward | None, new: Forward, *, ports_alone: bool = False)
 
 
 def _stop(forward: Forward) -> Finding | None:
-    """What keeps it closed, or would if it was enabled."""
+    """What keeps it closed, or would if it were enabled."""
     stops = (stop for stop in forward.stops if stop.cause not in (Cause.DISABLED, Cause.CONFLICT))
     return next(stops, None)

@@ -85,7 +85,7 @@ def listener_of(rule: ForwardRule, chain: Chain) -> QubeName | None:
 
 
 def is_over(rule: ForwardRule, now: float) -> bool:
-    """Whether the time of a rule is over at ``now`` (UNIX seconds)."""
+    """Whether a rule has expired at ``now`` (UNIX seconds)."""
     return rule.has_ended or (rule.expire is not None and rule.expire <= now)
 
 
@@ -107,7 +107,7 @@ def _unfit(qube: Qube, case: str, inventory: Inventory) -> Iterator[Finding]:
 
 
 def _owner(rule: ForwardRule, target: Qube) -> Iterator[Finding]:
-    """A clone and a disposable have the features of what they were made from, its rules among them."""
+    """Clones and disposables have the features of the qube that they were made from, including its rules."""
     if rule.owner == target.name:
         yield Finding(Cause.OWN)
     elif rule.owner is not None or target.klass == DISPOSABLE:
@@ -238,7 +238,7 @@ def _over_qrexec(
 def _by_nft(
     forward: Forward, exposed: QubeName, side: Side, inventory: Inventory
 ) -> tuple[Configs, list[Finding]]:
-    """What each qube of the path is told, and what keeps packets from going it."""
+    """What each qube on the path is told, and what keeps packets from travelling along it."""
     named, path = forward.named, nftpath.path_to(forward.named.target, exposed, forward.chain)
     if path is None:
         return (), [Finding(Cause.NO_IP_PATH, exposed)]

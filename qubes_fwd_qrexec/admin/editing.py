@@ -57,7 +57,7 @@ def _clients(old: str, option: Option) -> str:
 
 
 def _later(rule: ForwardRule, option: Option, now: float) -> str:
-    """The end of a rule put off: from now on where it is over already."""
+    """An extended end: counted from now if it is already over."""
     if rule.expire is None:
         raise RuleError(option.place, "the rule never expires; to set a time, use expire=TIME", "expire")
     end = int(now) if rule.has_ended else max(rule.expire, int(now))

@@ -57,14 +57,16 @@ _LINUX = "Linux"
 
 
 def feature_matters(key: str, with_config: bool = True) -> bool:
-    """Whether anything here depends on a feature. Qubes have a hundred others, and each value is one call."""
+    """Whether anything here depends on a feature. Qubes have a hundred others, and reading each value is a
+    call.
+    """
     if key.startswith(CONFIG_PREFIX):
         return with_config and is_configuration(key)
     return key in _MATTER or key.startswith((RULE_PREFIX, *VPN_PREFIXES))
 
 
 def is_configuration(key: str) -> bool:
-    """Whether a feature tells a qube of a forward."""
+    """Whether a feature tells a qube about a forward."""
     name = key.removeprefix(CONFIG_PREFIX)
     return name != key and (is_forward_key(name) or is_nft_key(name))
 
@@ -180,7 +182,7 @@ class Inventory(NamedTuple):
         return None if holder is None else holder.features[key]
 
     def offers(self, name: QubeName, service: str = Service.FORWARD_TCP) -> bool:
-        """Whether a qube, or the template that it is made from, has told dom0 that it has a service."""
+        """Whether a qube, or the template that it is based on, has announced a service to dom0."""
         return bool(self.feature(name, f"{OFFER_PREFIX}{service}"))
 
     def other_system(self, name: QubeName) -> str:
@@ -227,7 +229,7 @@ class Inventory(NamedTuple):
         return None
 
     def whonix_mark(self, name: QubeName) -> TunnelMark | None:
-        """The mark that says that Whonix runs in a qube; its own firewall takes nothing that is forwarded."""
+        """The mark of a qube that runs Whonix, whose own firewall refuses what is forwarded."""
         whonix = (mark for mark in self.tunnel_marks(name) if mark.mark in _WHONIX_MARKS)
         return next(whonix, None) or self.behind_tunnel_mark(name)
 

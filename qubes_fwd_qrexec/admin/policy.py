@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plan to dom0's qrexec policy: exact lines for what is live, and nothing else.
+"""From the plan to dom0's qrexec policy: exact lines for what is live, and nothing else.
 
-No line has a wildcard but the closing ones, which deny. `Service.CONNECT_TCP` is the user's: it has lines
-only for the forwards that go over it, and none that denies.
+Only the closing lines, which deny, have wildcards. `Service.CONNECT_TCP` belongs to the user: it gets lines
+for the forwards that use it, and no closing line.
 """
 
 import re

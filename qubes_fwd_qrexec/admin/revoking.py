@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Calls of our services outlive the policy that allowed them: what each target is told, and what came of it.
+"""Calls of our services outlive the policy that allowed them: here targets are told what is still allowed.
 
-A target is told all that dom0 allows there from now on, and ends the rest. That is one bounded call to each
-target, all at once, and nothing remembers those that failed: safety rests on the lease in the target.
+A target is told everything that dom0 allows there from now on, and ends the rest. That is one call to each
+target, with a time limit, all at once. Failures are not remembered: safety rests on the lease in the target.
 """
 
 from collections import defaultdict
@@ -82,7 +82,7 @@ def targets_of(lines: Iterable[str], inventory: Inventory) -> set[QubeName]:
 
 
 def serving(inventory: Inventory) -> set[QubeName]:
-    """The running qubes that offer our services, but the one that this runs in: no qube can call itself."""
+    """The running qubes that offer our services, without the one that this runs in: it cannot call itself."""
     return {
         qube.name
         for qube in inventory.qubes.values()
@@ -115,7 +115,7 @@ def drains(inventory: Inventory) -> set[tuple[QubeName, Calls]]:
 
 
 def revoke(told: Mapping[QubeName, Allowance], backend: Backend) -> tuple[Ended, ...]:
-    """Tell all of these targets at once, and say of each what became of it. Raises nothing."""
+    """Tell all of these targets at once; the result for each. Raises nothing."""
     return tuple(at_once(lambda target: _revoke(target, told[target], backend), told).values())
 
 

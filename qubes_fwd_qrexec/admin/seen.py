@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a user saw of a rule when he decided to change it: a change that finds anything else is refused."""
+"""What a user saw of a rule when deciding to change it: if it is different now, the change is refused."""
 
 from typing import NamedTuple
 

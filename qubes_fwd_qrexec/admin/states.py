@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What becomes of a rule: the findings of its checks, and the forward whose state follows from them.
+"""The result for a rule: the findings of its checks, and the forward whose state follows from them.
 
-There is no sentence here: a finding is a cause with its facts, and `views.reasons` puts it into words.
+There is no prose here: a finding is a cause with its facts, and `views.reasons` puts it into words.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,7 +43,7 @@ class Verdict(StrEnum):
 
 
 class Cause(StrEnum):
-    """What was found, as a word for programs; its check, what it means for the rule, and the state by it."""
+    """What was found, as a word for programs, with its check, its verdict, and the state that it leads to."""
 
     def __new__(
         cls, word: str, check: str = "", verdict: Verdict = Verdict.STOPS, state: State = State.REFUSED
@@ -180,7 +180,7 @@ class Forward(NamedTuple):
 
     @property
     def stops(self) -> tuple[Finding, ...]:
-        """What keeps it from being open, the first of which decides."""
+        """The findings that keep it from being open; the first one decides."""
         return tuple(finding for finding in self.findings if finding.cause.verdict is Verdict.STOPS)
 
     @property
@@ -232,7 +232,7 @@ class Claim(NamedTuple):
     is_own: bool = False
 
     def rivals(self, other: "Claim") -> bool:
-        """Whether only one of two claims to the same port can be had."""
+        """Whether two claims to the same port exclude each other."""
         return (
             not (self.is_own and other.is_own)
             and self.named.rule.proto.overlaps(other.named.rule.proto)
@@ -251,7 +251,7 @@ def _overlap(some: tuple[IPAddress, ...], others: tuple[IPAddress, ...]) -> bool
 
 
 class Alone(NamedTuple):
-    """What becomes of a rule without all others, and what it claims."""
+    """The result for a rule by itself, apart from all others, and the ports that it claims."""
 
     forward: Forward
     claims: tuple[Claim, ...]

@@ -82,7 +82,7 @@ def watch(backend: Backend, clock: Clock, ending: Ending) -> Iterator[Look | For
 
 
 def settle(changes: Changes, clock: Clock) -> None:
-    """Let a burst come to its end; one that does not end is cut short."""
+    """Wait until a burst of changes is over, up to a limit."""
     end = clock.now() + BURST_S
     while (left_s := end - clock.now()) > 0 and changes.wait(min(QUIET_S, left_s)):
         pass
@@ -108,7 +108,7 @@ def _look(backend: Backend, now: float, last: Look | None, *, is_followed: bool)
 
 
 def next_end(planned: Plan, now: float) -> float | None:
-    """When the next enabled rule ends."""
+    """When the next enabled rule expires."""
     rules = [forward.named.rule for forward in planned]
     ends = [rule.expire for rule in rules if rule.enabled and not rule.has_ended and rule.expire is not None]
     return min((end for end in ends if end > now), default=None)

@@ -87,7 +87,7 @@ class Clients:
 
     @property
     def has_names(self) -> bool:
-        """Whether it takes dom0 to say who this is."""
+        """Whether only dom0 can resolve it to addresses."""
         return bool(self.qubes or self.tags)
 
     @property

@@ -2,7 +2,7 @@
 """What an exposed qube gets to know about a forward, and no more.
 
 dom0 writes each `ListenerConfig` as feature ``vm-config.fwd.TARGET.NAME`` of the exposed qube, or
-``vm-config.udp.TARGET.NAME`` if it is about UDP. Qubes carries it to the qube's QubesDB as
+``vm-config.udp.TARGET.NAME`` for UDP. Qubes copies it to the qube's QubesDB as
 ``/vm-config/fwd.TARGET.NAME``, where the listener reads it. The qube learns neither the target's addresses
 nor the names of other qubes nor comments.
 """

@@ -125,7 +125,7 @@ class Reader:
         return None if self._member(key) is None else read(key)
 
     def given(self, key: str, read: Callable[[str], _V], default: _V) -> _V:
-        """A member that an older qube, or one with nothing to say about it, leaves out."""
+        """A member that an older qube leaves out, or one that has nothing to report."""
         return read(key) if key in self._untrusted else default
 
     def one_proto(self, key: str) -> Proto:

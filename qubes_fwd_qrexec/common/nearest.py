@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What somebody who misspelled a word may have meant."""
+"""Suggestions for a misspelled word."""
 
 from collections.abc import Iterable
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """What to put behind a message that ``word`` is not known: a question, or nothing."""
+    """A question to append to a message that ``word`` is unknown, or nothing."""
     from difflib import get_close_matches  # for errors alone, and half as long to import as all of --help
 
     near = get_close_matches(word, [*known], 1)

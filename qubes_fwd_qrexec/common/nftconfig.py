@@ -34,7 +34,7 @@ class Role(StrEnum):
 
 
 class Loss(StrEnum):
-    """In what a configuration may let through less than an earlier one."""
+    """In what way a configuration may let through less than an earlier one."""
 
     CLIENTS = "clients"
     PORTS = "ports"
@@ -124,13 +124,13 @@ class NftConfig:
         return sha256(f"{self.key} {self}".encode("ascii")).hexdigest()[:16]
 
     def narrows(self, old: "NftConfig") -> bool:
-        """Whether the old one may have let a packet through that this one does not, or to another place; not
-        whether it lasted longer.
+        """Whether the old one may have let through a packet that this one does not, or sent it to another
+        place; not whether it lasted longer.
         """
         return not self.lost(old) <= {Loss.TIME}
 
     def lost(self, old: "NftConfig") -> frozenset[Loss]:
-        """In what the old one may have let through packets that this one does not."""
+        """In what way the old one may have let through packets that this one does not."""
         ports, before = self.listen_ports, old.listen_ports
         is_way_lost = (
             (self.role, self.side) != (old.role, old.side)

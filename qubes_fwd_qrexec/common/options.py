@@ -80,7 +80,7 @@ def read(options: Iterable[Option], forms: Mapping[str, Form]) -> dict[str, Any]
 
 
 def unknown(option: Option, known: Collection[str]) -> RuleError:
-    """The error about an option that there is not; ``known`` are those that there are."""
+    """The error about an unknown option; ``known`` are those that exist."""
     what = did_you_mean(option.name, known) or f"; known are {', '.join(known)}"
     return RuleError(option.place, f"unknown option{what}", option.name)
 

@@ -101,7 +101,7 @@ class Nft:
         except OSError as error:
             raise NftError(f"{self._program}: {error.strerror}") from error
         except subprocess.TimeoutExpired as error:
-            raise NftError(f"nft {' '.join(arguments)}: no end after {self._timeout_s:g} s") from error
+            raise NftError(f"nft {' '.join(arguments)}: not finished within {self._timeout_s:g} s") from error
         if done.returncode != 0:
             why = " ".join(done.stderr.split())[:_MESSAGE_MAX]
             raise NftError(f"nft {' '.join(arguments)}: exit status {done.returncode}: {why}")

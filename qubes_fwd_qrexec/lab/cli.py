@@ -57,7 +57,7 @@ _TOOLS = {
     "service": "show or switch a qube's services",
     "tags": "show or change a qube's tags",
     "create": "make a qube",
-    "clone": "make a qube that is like another one",
+    "clone": "copy a qube",
     "start": "start qubes, and the netvms that they need",
     "shutdown": "halt qubes; all that runs in them ends",
     "remove": "remove halted qubes",
@@ -160,7 +160,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
     knob = commands.add_parser(
         "knob",
-        help="show or set how calls fare",
+        help="show or set how calls behave",
         description="Without a value, show all knobs or one. 'drop' is an act and not a knob: it loses that"
         " share of the calls that are open now (1 for all), as if their vchans had died.",
     )
@@ -327,7 +327,7 @@ def _listen(arguments: argparse.Namespace) -> int:
     wanted = [(name, unit) for name in arguments.qubes for unit in kinds]
     started = units.start(lab, wanted)
     for name, unit in wanted:
-        print(f"{name}: {unit.what} {'is ready' if (name, unit) in started else 'runs already'}")
+        print(f"{name}: {unit.what} {'is ready' if (name, unit) in started else 'is already running'}")
     if why_no_ip is not None:
         print("no firewall helper, as the qubes of this lab have no firewalls")
     return 0

@@ -75,7 +75,7 @@ def start(lab: LabDirectory, network: Network) -> int:
     """
     pid = broker_pid(lab)
     if pid is not None:
-        raise RefusedError(f"{lab.root}: is up already (pid {pid}); 'qvm-forward-lab down' ends it")
+        raise RefusedError(f"{lab.root}: is already up (pid {pid}); 'qvm-forward-lab down' ends it")
     lab.run_dir.mkdir(exist_ok=True)
     ready_fd, its_ready_fd = os.pipe()
     with open(ready_fd, "rb") as ready, ExitStack() as undo:
@@ -180,7 +180,7 @@ def _holding_pid_file(lab: LabDirectory) -> Iterator[None]:
         deadline = time.monotonic() + _LOCK_PATIENCE_S
         while not _try_lock(file.fileno()):
             if time.monotonic() >= deadline:
-                raise RefusedError(f"{lab.root}: is up already")
+                raise RefusedError(f"{lab.root}: is already up")
             time.sleep(_POLL_S)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

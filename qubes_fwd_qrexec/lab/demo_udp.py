@@ -46,8 +46,8 @@ def run_udp_demo(session: LabSession, narrator: Narrator, stage: Stage) -> None:
     """All steps, in their order. Raises `SessionError` at the first that fails."""
     say, forward = narrator.say, narrator.forward
     say(
-        f"UDP goes the same way. The qube '{_TARGET}' has no netvm, and a server there answers datagrams to "
-        f"127.0.0.1:{stage.udp_target_port}. One command, and one line of policy that no TCP passes by:"
+        f"UDP works the same way. The qube '{_TARGET}' has no netvm, and a server there answers datagrams to "
+        f"127.0.0.1:{stage.udp_target_port}. One command, and one policy line, which allows no TCP:"
     )
     words = (sys.executable, "-I", "-c", _SERVER, stage.udp_target_port)
     session.start(session.in_qube(_TARGET, *words))
@@ -58,13 +58,13 @@ def run_udp_demo(session: LabSession, narrator: Narrator, stage: Stage) -> None:
     policy = forward("policy")
     check(f"qubes.ForwardUDP  +{stage.udp_target_port}+mux" in policy, "the policy has no line for UDP")
 
-    say(f"The client at {stage.allowed} asks, and is answered; the one at {stage.stranger} is not heard:")
+    say(f"The client at {stage.allowed} asks, and is answered; the one at {stage.stranger} gets no answer:")
     answer = output_of(_client(session, stage, stage.allowed, _ANSWER_TIMEOUT_S))
     narrator.show(answer)
     check(answer == "the vault has heard: Where is the key?\n", "this is not what the server says")
     narrator.show(no_answer(_client(session, stage, stage.stranger, _REFUSAL_TIMEOUT_S)))
 
-    say("In dom0, the rule is removed, and nobody is heard any more:")
+    say("In dom0, the rule is removed, and nobody gets an answer any more:")
     forward("remove", _TARGET, "key")
     unheard = _client(session, stage, stage.allowed, _REFUSAL_TIMEOUT_S)
     narrator.show(retried(lambda: no_answer(unheard)))

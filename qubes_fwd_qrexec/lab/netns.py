@@ -257,7 +257,7 @@ def _run(program: str, *arguments: str, text: str = "") -> str:
     except OSError as error:
         raise StoreError(f"the program {program!r} cannot be run: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
-        raise StoreError(f"{words}: no end after {_TIMEOUT_S:g} s") from error
+        raise StoreError(f"{words}: did not finish within {_TIMEOUT_S:g} s") from error
     if done.returncode != 0:
         raise StoreError(f"{words}: {' '.join(done.stderr.split())[:_MESSAGE_MAX]}")
     return done.stdout

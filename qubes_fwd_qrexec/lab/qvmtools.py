@@ -164,7 +164,7 @@ def _clone(lab: LabDirectory, arguments: argparse.Namespace) -> int:
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--skip-if-running", action="store_true", help="one that runs is no error")
+    parser.add_argument("--skip-if-running", action="store_true", help="leave running qubes alone")
 
 
 def _start(lab: LabDirectory, arguments: argparse.Namespace) -> int:

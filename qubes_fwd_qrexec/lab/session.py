@@ -126,7 +126,9 @@ def output_of(words: Sequence[str]) -> str:
         try:
             output, errors = process.communicate(timeout=_COMMAND_TIMEOUT_S)
         except subprocess.TimeoutExpired as error:
-            raise SessionError(f"{shlex.join(words)}: no end after {_COMMAND_TIMEOUT_S:g} s") from error
+            raise SessionError(
+                f"{shlex.join(words)}: did not finish within {_COMMAND_TIMEOUT_S:g} s"
+            ) from error
     if process.returncode != 0:
         raise SessionError(f"{shlex.join(words)}: exit status {process.returncode}: {errors.strip()}")
     return output + errors

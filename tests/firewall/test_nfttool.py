@@ -87,5 +87,5 @@ def test_a_program_that_is_missing_or_none_is_named(tmp_path: Path) -> None:
 
 
 def test_a_program_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
-    with pytest.raises(NftError, match=r"no end after 0\.05 s"):
+    with pytest.raises(NftError, match=r"not finished within 0\.05 s"):
         script(tmp_path, "exec sleep 60", timeout_s=0.05).look()

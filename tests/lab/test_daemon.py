@@ -61,7 +61,7 @@ def test_up_takes_calls_and_down_ends_all(lab: LabDirectory, capsys: pytest.Capt
     assert "\nrunning: personal, sys-firewall, sys-net, sys-vpn, untrusted, vault, work\n" in out
     assert call(lab).returncode == 3
     assert main(["up"]) == 1
-    assert "is up already" in capsys.readouterr().err
+    assert "is already up" in capsys.readouterr().err
     # A call has its place until its agent has ended, a moment after its client has.
     trio.run(until, lambda: asking.ask(lab, {"do": "status"})["calls"] == {})
     assert main(["status", "--json"]) == 0

@@ -102,7 +102,9 @@ def test_listen_starts_what_the_units_of_a_qube_start_until_the_lab_is_down(
     assert main(["listen", "sys-net"]) == 0
     assert capfd.readouterr().out == "sys-net: the listener is ready\nsys-net: the firewall helper is ready\n"
     assert main(["listen", "sys-net"]) == 0
-    assert "the listener runs already\nsys-net: the firewall helper runs already" in capfd.readouterr().out
+    assert (
+        "the listener is already running\nsys-net: the firewall helper is already running"
+    ) in capfd.readouterr().out
     with lab.locked():
         lab.set_feature("sys-net", FORWARD_KEY, FORWARD)
     becomes(lambda: connect_error(lab, netns.LAN, netns.EDGE_ADDRESS, FORWARD_PORT) == "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Says whom a command waits for, and with --verbose whatever it asks of qubes and of dom0, on stderr."""
+"""Prints on stderr what a command waits for, and with --verbose every request to qubes and to dom0."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,7 +18,7 @@ NAMED_MAX = 3
 
 
 class Announced:
-    """A backend that does the same as another one and says so; see `backend.Backend`."""
+    """A backend that does the same as another one and announces it; see `backend.Backend`."""
 
     def __init__(self, backend: "Backend", say: Callable[[str], None], *, is_verbose: bool) -> None:
         self._backend = backend

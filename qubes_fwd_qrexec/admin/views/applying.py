@@ -26,7 +26,7 @@ _SET_BACK_S = 60.0
 
 
 def apply(args: Namespace, session: Session) -> int:
-    """Make it so, or with --dry-run say what that would change."""
+    """Bring policy and qubes in line with the rules, or with --dry-run print what would change."""
     is_closed = True
     if args.dry_run:
         planned, outcome, snapshot = due(session.look(with_config=True), session.now)

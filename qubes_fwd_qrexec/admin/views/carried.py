@@ -50,10 +50,10 @@ def live(proto: Proto, number: int | None) -> str:
 
 
 def named(proto: Proto) -> str:
-    """What tells it from TCP alone, which is not named: empty, or words that end in a space."""
+    """The protocol's name with a trailing space; empty for TCP alone, which is not named."""
     return "" if proto is Proto.TCP else f"{'+'.join(proto.each)} "
 
 
 def refused(counts: Mapping[str, int]) -> str:
-    """How many of each; empty if there are none. A word that is not known, of a newer listener, stays."""
+    """How many of each reason; empty if none. Unknown words, from a newer listener, stay as they are."""
     return ", ".join(f"{count} {REFUSED.get(why, why)}" for why, count in sorted(counts.items()) if count)

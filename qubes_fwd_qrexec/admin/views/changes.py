@@ -93,7 +93,9 @@ def _followed(changed: Changed, session: Session) -> After:
 
 
 def _perhaps_draining(changed: Changed, now: float) -> dict[Place, str | None]:
-    """Where connections by nft may finish of rules that were over already: nobody is told of them now."""
+    """Where connections by nft may still finish of rules that had already expired: nobody is told about them
+    now.
+    """
     found: dict[Place, str | None] = {}
     for old in (changed.plan_before.find(*key) for key in changed.keys):
         if old is None or old.mode is not Mode.NFT or old.finding(Cause.EXPIRED) is None:
@@ -222,7 +224,7 @@ def closed(after: After, key: Key) -> str:
 
 
 def _flows(after: After, key: Key | None) -> bool:
-    """Whether connections of a forward that was closed may go on, as any of those says that were asked."""
+    """Whether connections of a closed forward may go on, according to the listeners that were asked."""
     return key is not None and (
         any(doubt.lack == Lack.DRAINS and parse_nft_key(doubt.key) == key for doubt in after.doubts)
         or any((left.target, left.name) == key for left in after.goes_on)

@@ -39,7 +39,7 @@ def words(doubt: Unconfirmed) -> str:
 
 
 def lack(doubt: Unconfirmed) -> str:
-    """The same where it is clear which forward it is about."""
+    """The same, if it is clear which forward it is about."""
     said = _LACKS[doubt.lack].format(said=doubt.said)
     because = f": {escaped(doubt.said)}" if doubt.said and doubt.said not in said else ""
     return f"{doubt.qube} {said}{because}"

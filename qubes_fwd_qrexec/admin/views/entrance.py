@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Words for where a forward is entered, and by whom."""
+"""Words for where clients of a forward come in, and who they are."""
 
 from qubes_fwd_qrexec.admin.states import Forward
 from qubes_fwd_qrexec.common.config import Side
@@ -8,7 +8,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 
 
 def asked(rule: ForwardRule) -> list[str]:
-    """Whom a rule lets in, as it says that."""
+    """Whom a rule lets in, as it states that."""
     return str(rule.sources).split(",")
 
 

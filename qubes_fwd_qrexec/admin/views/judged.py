@@ -25,7 +25,7 @@ def judged(forwards: Iterable[Forward], backend: Backend, installed: PolicyFile)
 
 
 def together(apart: Mapping[ForwardKey, PolicyVerdict]) -> dict[Key, PolicyVerdict]:
-    """Of the verdicts on each protocol, that on both."""
+    """One verdict from those on each protocol."""
     found: dict[Key, PolicyVerdict] = {}
     for key, one in apart.items():
         other = found.setdefault(key[:2], one)

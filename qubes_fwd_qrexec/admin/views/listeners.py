@@ -61,7 +61,7 @@ class Uptake(NamedTuple):
 
     @property
     def is_shut(self) -> bool:
-        """Whether the listener does not have it open, or not wholly."""
+        """Whether the listener has not opened it, or not entirely."""
         return self.has not in (Has.OPEN, Has.NO_ANSWER)
 
     def note(self, forward: Forward) -> str | None:
@@ -89,7 +89,7 @@ class GoesOn(NamedTuple):
 
     @property
     def counted(self) -> str:
-        """How many go on, if that is known."""
+        """How many go on, if known."""
         return carried.live(self.proto, self.connections)
 
     def __str__(self) -> str:

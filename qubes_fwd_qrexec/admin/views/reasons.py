@@ -289,18 +289,18 @@ def error_text(error: Exception) -> str:
 
 
 def filled(template: str, forward: Forward, finding: Finding) -> str:
-    """A text with the facts of a finding in the place of their names in braces."""
+    """A text with the facts of a finding filled in for their names in braces."""
     return template.format(**_facts(forward, finding))
 
 
 def _next_stop(forward: Forward) -> Finding | None:
-    """What would stop a forward if its changed netvms were agreed to; ports are claimed by the old ones."""
+    """What would stop a forward after its new netvms were agreed to, apart from ports."""
     stops = (stop for stop in forward.stops if stop.cause.state is State.REFUSED)
     return next((stop for stop in stops if stop.cause is not Cause.CONFLICT), None)
 
 
 def _said(forward: Forward, finding: Finding) -> tuple[str, tuple[Command, ...]]:
-    """Sentence and ways out."""
+    """The sentence and the ways out."""
     facts = _facts(forward, finding)
     more = _next_stop(forward) if finding.cause is Cause.NETVM_CHANGED else None
     if more is not None:
@@ -379,7 +379,7 @@ def _whose(forward: Forward, finding: Finding) -> str:
 
 
 def _lacks(target: QubeName, finding: Finding, service: str = _FORWARD) -> tuple[str, str]:
-    """What a qube lacks, and how it comes by it."""
+    """What a qube lacks, and how to get it."""
     lacks = f"{target} does not offer {service}"
     if finding.detail == "older":
         return f"{target} was started before its template offered {service}", f"restart {target}"

@@ -46,7 +46,7 @@ def served(
 
 
 def looks(proto: Proto, target: QubeName) -> str:
-    """Where to look oneself."""
+    """Where the user can look."""
     return f"'ss -ln{proto[0]}' in {target} shows where servers listen"
 
 

@@ -61,7 +61,7 @@ def decision_reason(forward: Forward, decided: Decision) -> str:
 
 
 def safety(forward: Forward) -> str:
-    """In what a forward by nft is less safe than one over qrexec."""
+    """In what way a forward by nft is less safe than one over qrexec."""
     return (
         f"the network stack of {forward.named.target} itself faces the clients, every qube on the way "
         "sees the traffic, and dom0 judges the rule, not each connection"

@@ -62,7 +62,7 @@ def _what_it_means(qube: QubeName, inventory: Inventory) -> str:
 
 
 def _not_ours(qube: QubeName, inventory: Inventory) -> str:
-    """Why there is nothing of ours to take away, and whose mark it is."""
+    """Why there is no mark of ours to remove, and whose mark it is."""
     if marks := [*inventory.tunnel_marks(qube)]:
         ways_out = _ways_out(marks, inventory)
         return f"{qube} is marked as a tunnel by other means, which qvm-forward does not change: {ways_out}"
@@ -116,7 +116,7 @@ def _tunnels(inventory: Inventory) -> dict[QubeName, list[TunnelMark]]:
 
 
 def _way_out(mark: TunnelMark, inventory: Inventory) -> tuple[str, ...]:
-    """The command that takes a mark away."""
+    """The command that removes a mark."""
     kind, _, key = mark.mark.partition(" ")
     if kind == "tag":
         return ("qvm-tags", mark.qube, "del", key)

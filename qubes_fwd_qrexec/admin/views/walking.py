@@ -22,7 +22,7 @@ INSTALL: Remedy = (
 
 
 class StoppedError(Exception):
-    """The way ends here; ``check`` says why."""
+    """The walk ends here; ``check`` says why."""
 
     def __init__(self, check: Check) -> None:
         super().__init__(check.text)
