@@ -33,8 +33,8 @@ DESCRIPTION
 
 With ``--json`` each command prints one JSON object, and **watch** and ``status --watch`` one on each line.
 Its *version* is {version}, and that of an export {export}. Fields may be added under the same number, so
-leave alone what you do not know. The number changes where a field goes or changes its meaning. Errors and
-warnings are text on standard error, with ``--json`` too, and the exit status is that of qvm-forward(1).
+ignore fields that you do not know. The number changes if a field is removed or changes its meaning. Errors
+and warnings are text on standard error, with ``--json`` too, and the exit status is that of qvm-forward(1).
 
 /usr/share/qubes-fwd-qrexec/qvm-forward.schema.json says the same as a JSON Schema (draft 2020-12): the
 definition with a command's name is what that prints. It allows no other fields than those here.
