@@ -36,7 +36,7 @@ def test_a_forward_goes_by_nft_where_nothing_is_against_it_and_opens_from_the_ta
         "Forward work web is stored and active. Connections to port 80 of sys-net (outer side)" in added.out
     )
     assert (
-        "Note: by nft, as packets can go sys-net - sys-firewall - work; 'qvm-forward set work web "
+        "Note: it goes by nft, as packets can go sys-net - sys-firewall - work; 'qvm-forward set work web "
         "mode=qrexec' sends it over qrexec.\n"
     ) in added.out
     assert "the network stack of work itself faces the clients" in added.out
@@ -248,7 +248,7 @@ def test_auto_becomes_qrexec_where_something_is_against_nft_and_says_what(
         nft_lab.lab.set_feature(qube, key, value)
     added = run(*ADD, *options)
     assert added.status == 0
-    assert f"Note: over qrexec, as {why}" in added.out
+    assert f"Note: it goes over qrexec, as {why}" in added.out
     assert "'qvm-forward set work web mode=nft' says what nft would need.\n" in added.out
     assert " mode=qrexec " in nft_lab.lab.features("work")["forward.web"]
 
@@ -261,7 +261,7 @@ def test_udp_goes_by_nft_where_packets_can_go_and_else_over_qrexec(
     added = run(*ADD, "--proto", proto)
     reach = "to port 80 of sys-net (outer side) from 192.168.0.0/16 reach port 8080 of work"
     assert f"{what} {reach}" in added.out
-    assert "Note: over qrexec, as work has the service qubes-forward-nft switched off" in added.out
+    assert "Note: it goes over qrexec, as work has the service qubes-forward-nft switched off" in added.out
     assert "vm-config.udp.work.web" in nft_lab.lab.features("sys-net")
     nft_lab.lab.set_feature("work", "service.qubes-forward-nft", "1")
     run("set", "work", "web", "mode=auto")
@@ -296,7 +296,8 @@ def test_a_server_that_listens_at_loopback_alone_is_reached_over_qrexec(
     nft_lab.listens = "tcp.8080 loopback"
     added = run(*ADD)
     assert (
-        "Note: over qrexec, as the server in work listens at loopback alone; 'qvm-forward set work web "
+        "Note: it goes over qrexec, as the server in work listens at loopback alone; 'qvm-forward set "
+        "work web "
         "mode=nft' is faster if it listens elsewhere too.\n"
     ) in added.out
     run("set", "work", "web", "mode=nft")

@@ -48,7 +48,7 @@ def test_a_new_rule_that_is_fine_says_what_it_opens() -> None:
         "Connections to port 80 of sys-net (outer side) from 192.168.0.0/16 reach port 80"
     )
     assert end == f"It ends {print_expire(NOW + 3600, NOW)}."
-    assert found.notes[0] == "Over qrexec, as work does not offer qubes.ForwardNft."
+    assert found.notes[0] == "It goes over qrexec, as work does not offer qubes.ForwardNft."
     assert found.notes[1].startswith("The server in work sees every client as 127.0.0.1")
     assert found.seen == Seen(None, ("sys-firewall", "sys-net"))
     assert found.named.rule.expire == NOW + 3600
@@ -56,7 +56,7 @@ def test_a_new_rule_that_is_fine_says_what_it_opens() -> None:
 
 def test_one_by_nft_says_why_and_at_what_price() -> None:
     notes = judged(DRAFT, inventory=nft_world()).notes
-    assert notes[0] == "By nft, as packets can go sys-net - sys-firewall - work."
+    assert notes[0] == "It goes by nft, as packets can go sys-net - sys-firewall - work."
     assert any("the network stack of work itself" in note.lower() for note in notes)
 
 

@@ -50,14 +50,14 @@ def decision_reason(forward: Forward, decided: Decision) -> str:
     """Why mode=auto became what it did."""
     target, _, rule = forward.named
     if rule.mode is Mode.NFT:
-        return f"by nft, as packets can go {' - '.join((*forward.hops, target))}"
+        return f"it goes by nft, as packets can go {' - '.join((*forward.hops, target))}"
     why = f"{decided.option} is asked for"
     if decided.is_at_loopback:
         why = f"the server in {target} listens at loopback alone"
     elif decided.against is not None:
         template = _AGAINST.get(decided.against.cause, "its packets could not get there")
         why = filled(template, forward, decided.against)
-    return f"over qrexec, as {why}"
+    return f"it goes over qrexec, as {why}"
 
 
 def safety(forward: Forward) -> str:
