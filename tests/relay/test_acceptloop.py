@@ -148,9 +148,10 @@ def test_one_turn_accepts_no_more_at_many_ports_than_at_one() -> None:
             stack.callback(Acceptor(accepting.loop, listening, take, turns).close)
             for _ in range(each):
                 stack.enter_context(socket.create_connection(("127.0.0.1", port_of(listening)), BOUND_S))
-        for _ in range(ports * each):
-            accepting.loop.run_once(0)
-        assert counts.total() == ports * each
+        until_s = time.monotonic() + BOUND_S
+        while counts.total() < ports * each:
+            assert time.monotonic() < until_s  # the kernel may still be bringing the last ones
+            accepting.loop.run_once(1.0)
         assert max(counts.values()) <= max(ports, acceptloop.BURST)
 
 
