@@ -22,7 +22,7 @@ from processes import Connection, Way, until
 CROWD = 5000
 # More than one source may hold, so that some of them are refused.
 SOURCES = ("127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4")
-ALL_S = 120.0
+ALL_S = 600.0
 NEEDED = CROWD + 200
 
 
