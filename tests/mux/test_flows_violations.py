@@ -196,8 +196,9 @@ def test_no_version_in_common_is_a_clear_error():
 
 def test_a_peer_of_a_later_version_is_understood():
     frame = wire.encode_hello(hello("target", max_version=7))
-    [event] = feed(fresh("listener"), raw_frame(1, 0, frame[8:] + b"something new"))
-    assert (event.hello, event.version) == (hello("target", max_version=7), 2)
+    listener = fresh("listener")
+    [event] = feed(listener, raw_frame(1, 0, frame[8:] + b"something new"))
+    assert (event.hello, listener.version) == (hello("target", max_version=7), 2)
 
 
 def test_a_pong_must_carry_the_pings_payload():

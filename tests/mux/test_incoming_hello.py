@@ -61,8 +61,8 @@ def test_no_version_in_common_is_reported_before_later_values_are_checked():
 
 def test_the_lower_of_the_highest_versions_is_used():
     listener = fresh("listener", max_version=3)
-    [event] = feed(listener, wire.encode_hello(hello("target", max_version=2)))
-    assert event.version == 2
+    feed(listener, wire.encode_hello(hello("target", max_version=2)))
+    assert listener.version == 2
     refuses(
         fresh("listener", min_version=3, max_version=4),
         wire.encode_hello(hello("target")),
@@ -77,4 +77,4 @@ def test_a_peer_of_a_later_version_is_understood():
     longer = raw_frame(1, 0, frame[8:] + b"something new")
     listener = fresh("listener")
     [event] = feed(listener, longer)
-    assert (event.hello, event.version) == (later, 2)
+    assert (event.hello, listener.version) == (later, 2)
