@@ -158,7 +158,7 @@ def differences(
     """
     ending = switched(plan, inventory, stopped)
     waiting = _keys(ending)
-    opening = (_without(f, untold) for f in plan if f.named[:2] not in waiting)
+    opening = (_without(f, untold) for f in plan if f.named.key not in waiting)
     plan = replace(plan, forwards=tuple(opening))
     final = policy.text(plan)
     old_lines, new_lines = policy.allowing(installed.text), policy.allowing(final)

@@ -107,8 +107,8 @@ def change(
         # Judged as the last of those that claim ports, before and after.
         was = before.plan(now, changes.keys(), is_held=False)
         planned = after.plan(now, changes.keys(), is_held=False, known=was)
-        for forward in (forward for forward in planned if forward.named[:2] in changes):
-            problem = new_problem(was.find(*forward.named[:2]), forward, ports_alone=ports_alone)
+        for forward in (forward for forward in planned if forward.named.key in changes):
+            problem = new_problem(was.find(*forward.named.key), forward, ports_alone=ports_alone)
             if problem is not None:
                 raise NotOpenError(f"{forward.named} was not {done}", forward, problem)
         plan_before, outcome = before.plan(now, known=was), Outcome()
@@ -145,7 +145,7 @@ def new_rule(
         snapshot.check_qube(source)
     rule = replace(rule, owner=target, path=snapshot.inventory.chain(target).qubes)
     named = NamedRule(target, name or made_up_name(rule, names_at(snapshot.stored, target)), rule)
-    taken = snapshot.stored.get(named[:2])
+    taken = snapshot.stored.get(named.key)
     if taken is not None:
         what, command = "exists already", "change it with 'qvm-forward set"
         if isinstance(taken, BrokenRule):
@@ -159,7 +159,7 @@ def add(system: System, target: QubeName, rule: ForwardRule, name: RuleName | No
 
     def decide(snapshot: Snapshot) -> NewLines:
         named = new_rule(snapshot, system.now, target, rule, name)
-        return {named[:2]: str(named.rule)}
+        return {named.key: str(named.rule)}
 
     return change(system, decide, "added", decides_mode=True)
 

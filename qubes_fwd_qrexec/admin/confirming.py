@@ -232,7 +232,7 @@ def switched(planned: Plan, inventory: Inventory, closed: Iterable[Key] = ()) ->
     """What the qubes of forwards are told that went by nft and are to go over qrexec now, but those that are
     known to be ``closed``: that their time is over. What cannot be read is removed, and never asked for.
     """
-    waiting = {forward.named[:2] for forward in planned.live if forward.mode is Mode.QREXEC} - {*closed}
+    waiting = {forward.named.key for forward in planned.live if forward.mode is Mode.QREXEC} - {*closed}
     found: dict[Place, str] = {}
     for qube, key, value in inventory.configurations():
         with suppress(ConfigError):

@@ -60,7 +60,7 @@ def import_document(
     def decide(snapshot: Snapshot) -> NewLines:
         rules.extend(_placed(document, qube, snapshot))
         for named in rules:
-            old = snapshot.stored.get(named[:2])
+            old = snapshot.stored.get(named.key)
             if old is not None and old != named and not is_replacing:
                 raise RefusedError(
                     f"{named} already exists and differs; nothing was imported. With --replace, the "
@@ -70,12 +70,12 @@ def import_document(
         changes: dict[Key, str | None] = {
             (name, TUNNEL_NAME): _MARKS[is_marked] for name, is_marked in marks.items()
         }
-        news = (named for named in rules if snapshot.stored.get(named[:2]) != named)
+        news = (named for named in rules if snapshot.stored.get(named.key) != named)
         gone = _pruned(snapshot.stored, rules, document, prune)
-        return changes | dict.fromkeys(gone) | {named[:2]: str(named.rule) for named in news}
+        return changes | dict.fromkeys(gone) | {named.key: str(named.rule) for named in news}
 
     changed = change(system, decide, "imported, nor was anything else", ports_alone=True)
-    keys, stored = [rule[:2] for rule in rules], changed.before.stored
+    keys, stored = [rule.key for rule in rules], changed.before.stored
     named, differing = set(keys), set(changed.keys)
     return Imported(
         changed,
@@ -89,7 +89,7 @@ def import_document(
 
 def _pruned(stored: Iterable[Key], rules: Iterable[NamedRule], document: Document, prune: Prune) -> list[Key]:
     """The stored rules that the document lacks, readable or not; no marks, which keep forwards closed."""
-    kept = {named[:2] for named in rules}
+    kept = {named.key for named in rules}
     named = {target for target, _ in kept} | document.tunnels.keys()
     qubes: Container[QubeName] = named if prune is Prune.NAMED else ()
     return [key for key in stored if key not in kept and (prune is Prune.ALL or key[0] in qubes)]

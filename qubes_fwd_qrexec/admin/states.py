@@ -274,7 +274,7 @@ class Plan:
     _by_key: Mapping[Key, Forward] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_by_key", {forward.named[:2]: forward for forward in self.forwards})
+        object.__setattr__(self, "_by_key", {forward.named.key: forward for forward in self.forwards})
 
     def __iter__(self) -> Iterator[Forward]:
         return iter(self.forwards)

@@ -252,6 +252,11 @@ class NamedRule(NamedTuple):
     name: RuleName
     rule: ForwardRule
 
+    @property
+    def key(self) -> tuple[QubeName, RuleName]:
+        """Target and name."""
+        return self.target, self.name
+
     def __str__(self) -> str:
         return f"{self.target} {self.name}"
 
@@ -263,6 +268,11 @@ class BrokenRule(NamedTuple):
     name: str
     text: str
     problem: str
+
+    @property
+    def key(self) -> tuple[QubeName, str]:
+        """Target and name."""
+        return self.target, self.name
 
     def __str__(self) -> str:
         return f"{self.target} {self.name}"

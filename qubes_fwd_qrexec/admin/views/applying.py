@@ -136,7 +136,7 @@ class _Printer:
 def _seen(planned: Plan) -> dict[tuple[str, str], tuple[State, Cause, str]]:
     """What became of each rule, and of what cannot be read as one."""
     seen: dict[tuple[str, str], tuple[State, Cause, str]] = {
-        f.named[:2]: (f.state, f.cause, reasons.sentence(f)) for f in planned
+        f.named.key: (f.state, f.cause, reasons.sentence(f)) for f in planned
     }
     for rule in planned.broken:
         seen[rule.target, rule.name] = State.BROKEN, Cause.UNREADABLE, f"{rule.problem}."

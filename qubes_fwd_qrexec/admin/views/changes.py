@@ -100,7 +100,7 @@ def _perhaps_draining(changed: Changed, now: float) -> dict[Place, str | None]:
     for old in (changed.plan_before.find(*key) for key in changed.keys):
         if old is None or old.mode is not Mode.NFT or old.finding(Cause.EXPIRED) is None:
             continue
-        (target, name, rule), new = old.named, changed.plan.find(*old.named[:2])
+        (target, name, rule), new = old.named, changed.plan.find(*old.named.key)
         is_live_again = new is not None and bool(new.nft_configs)
         if rule.on_expire is OnExpire.DRAIN and (rule.expire or now) + DRAIN_S > now and not is_live_again:
             found |= {(qube, f"nft.{target}.{name}"): None for qube in (*old.hops, target)}
@@ -191,11 +191,11 @@ def _about(after: After, now: float, done: str, was_so: str) -> Iterator[str]:
     if not after.changed.keys:
         yield _NONE
     for forward in after.changed.forwards:
-        is_same = after.changed.before.stored.get(forward.named[:2]) == forward.named
+        is_same = after.changed.before.stored.get(forward.named.key) == forward.named
         yield f"Forward {forward.named} is {was_so if is_same else done}{_state(after, forward)}"
         if forward.is_live and forward.named.rule.expire is not None:
             yield f"It ends {print_expire(forward.named.rule.expire, now)}."
-        old = after.changed.plan_before.find(*forward.named[:2])
+        old = after.changed.plan_before.find(*forward.named.key)
         known = [] if old is None else warnings(old)
         yield from (f"Note: {escaped(note)}." for note in notes(after, forward) if note not in known)
 
@@ -204,11 +204,11 @@ def _state(after: After, forward: Forward) -> str:
     """What became of a forward that the change was about."""
     sentence = reasons.sentence(forward)
     if forward.state is State.DISABLED:
-        return f"{closed(after, forward.named[:2])}. {sentence}"
+        return f"{closed(after, forward.named.key)}. {sentence}"
     if forward.is_live and not after.changed.is_applied:
         return f"; 'qvm-forward apply' puts it in force. Then: {sentence}"
     if qubes := sorted(
-        {doubt.qube for doubt in after.still_open if parse_nft_key(doubt.key) == forward.named[:2]}
+        {doubt.qube for doubt in after.still_open if parse_nft_key(doubt.key) == forward.named.key}
     ):
         return f", but {' and '.join(qubes)} may still let in more, as before. {sentence}"
     return f" and {forward.state}. {sentence}"
@@ -234,7 +234,7 @@ def _flows(after: After, key: Key | None) -> bool:
 
 def notes(after: After, forward: Forward) -> list[str]:
     """Warnings about a forward, new ones first."""
-    return [*after.news[forward.named[:2]], *warnings(forward)]
+    return [*after.news[forward.named.key], *warnings(forward)]
 
 
 def _news(
@@ -251,7 +251,7 @@ def _news(
     }
     news: dict[Key, list[str]] = {}
     for forward in changed.forwards:
-        (target, _, rule), key = forward.named, forward.named[:2]
+        (target, _, rule), key = forward.named, forward.named.key
         old = changed.plan_before.find(*key)
         found = news[key] = []
         if (decision := changed.decisions.get(key)) is not None:

@@ -181,7 +181,7 @@ class _Walk:
         yield self._firewall(exposed, self._forward.listener_configs[0], answer.firewall)
 
         verdicts = judged([self._forward], self._backend, self._snapshot.installed)
-        verdict = verdicts[self._forward.named[:2]]
+        verdict = verdicts[self._forward.named.key]
         services = " and ".join(config.service for config in self._forward.listener_configs)
         call = f"{services} from {exposed} to {self._target.name}"
         if verdict.is_allowed:

@@ -87,7 +87,7 @@ def _left_open(found: Imported, document: Document) -> list[Key]:
     """What is open and not in the document: of all qubes if it is an export, else of those in it."""
     keys = {*found.added, *found.replaced, *found.unchanged}
     targets = {target for target, _ in keys}
-    others = (forward.named[:2] for forward in found.changed.plan.live if forward.named[:2] not in keys)
+    others = (forward.named.key for forward in found.changed.plan.live if forward.named.key not in keys)
     return [key for key in others if document.is_export or key[0] in targets]
 
 
@@ -105,7 +105,7 @@ def _done(found: Imported, after: changes.After) -> Iterator[str]:
         yield f"{_names([key])} is removed{changes.closed(after, key)}."
     for forward in forwards:
         yield f"{forward.named}: {forward.state}. {reasons.sentence(forward)}"
-        for note in (*reasons.notes(forward), *after.news[forward.named[:2]]):
+        for note in (*reasons.notes(forward), *after.news[forward.named.key]):
             yield f"{forward.named}: note: {escaped(note)}"
 
 
@@ -116,7 +116,7 @@ def _due(found: Imported) -> Iterator[str]:
     for key in found.removed:
         yield f"{_names([key])}: remove"
     for named in (forward.named for forward in found.changed.forwards):
-        old = found.changed.before.stored.get(named[:2])
+        old = found.changed.before.stored.get(named.key)
         yield f"{named}: {f'add {named.rule}' if old is None else '; '.join(_differences(old, named))}"
 
 

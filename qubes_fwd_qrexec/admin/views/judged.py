@@ -59,7 +59,7 @@ def _verdicts(
 ) -> dict[ForwardKey, list[PolicyVerdict]]:
     """What dom0's policy says of each call of each protocol, TCP first."""
     lines = {
-        ForwardKey(*forward.named[:2], config.proto): policy.lines_of(forward, config)
+        ForwardKey(*forward.named.key, config.proto): policy.lines_of(forward, config)
         for forward in forwards
         for config in forward.listener_configs
     }

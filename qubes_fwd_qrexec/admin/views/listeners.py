@@ -214,11 +214,11 @@ def beyond_dom0(before: Plan, after: Plan) -> list[tuple[QubeName, ListenerConfi
     over the stock service, and those over calls that others need; with their exposed qubes. What is only
     changed may keep its connections.
     """
-    still = {(*forward.named[:2], forward.exposed) for forward in after.live}
+    still = {(*forward.named.key, forward.exposed) for forward in after.live}
     gone = [
         (forward.exposed, config, {*map(policy.calls_of, policy.lines_of(forward, config))})
         for forward in before.live
-        if (*forward.named[:2], forward.exposed) not in still and forward.state is State.ACTIVE
+        if (*forward.named.key, forward.exposed) not in still and forward.state is State.ACTIVE
         for config in forward.listener_configs
     ]
     if not gone:
@@ -248,9 +248,9 @@ def ask_after(
     goes on anywhere. The caller should not hold the lock. Raises nothing.
     """
     keys = frozenset(keys)
-    opened = [f for f in after if f.named[:2] in keys and f.state is State.ACTIVE and f.listener_configs]
+    opened = [f for f in after if f.named.key in keys and f.state is State.ACTIVE and f.listener_configs]
     over = beyond_dom0(before, after)
-    closed = keys - {forward.named[:2] for forward in (*before.live, *after.live)}
+    closed = keys - {forward.named.key for forward in (*before.live, *after.live)}
     qubes = {forward.exposed for forward in opened if forward.exposed is not None} | {
         qube for qube, _ in over
     }
@@ -258,7 +258,7 @@ def ask_after(
     answers = ask_all(backend, sorted(qubes), AFTER_S)
 
     took: dict[Key, tuple[Uptake, ...]]
-    took = {f.named[:2]: uptakes(f, answers[f.exposed]) for f in opened if f.exposed is not None}
+    took = {f.named.key: uptakes(f, answers[f.exposed]) for f in opened if f.exposed is not None}
     goes_on: list[GoesOn] = []
     for qube, answer in answers.items():
         configs = [config for exposed, config in over if exposed == qube]

@@ -63,7 +63,7 @@ def list_rules(args: Namespace, session: Session) -> int:
     if session.is_json:
         data = plan_as_json(planned) | drain.as_json()
         for entry, forward in zip(data["forwards"], planned, strict=True):
-            verdict = verdicts.get(forward.named[:2])
+            verdict = verdicts.get(forward.named.key)
             by_nft = forward.is_live and forward.mode is Mode.NFT
             entry["is_allowed"] = verdict.is_allowed if verdict is not None else by_nft
             if args.qube:
@@ -121,7 +121,7 @@ def show(args: Namespace, session: Session) -> int:
     planned = snapshot.plan(session.now)
     forward = next(forward for forward in planned if forward.named == entry)
     installed = snapshot.installed
-    verdict = judged([forward], session.backend, installed).get(forward.named[:2])
+    verdict = judged([forward], session.backend, installed).get(forward.named.key)
     found = all_findings(forward, planned, installed, session.now, verdict)
     running = [qube for qube, _ in forward.nft_configs if snapshot.inventory.qubes[qube].is_running]
     hops = nftstatus.hops(forward, confirming.ask_all(session.backend, running))

@@ -146,7 +146,7 @@ def _rows(
     answer = None if forward.exposed is None else answers.get(forward.exposed)
     target = answers.get(forward.named.target)
     for config, took in zip(forward.listener_configs, uptakes(forward, answer), strict=True):
-        row = Row(forward, config, verdicts[ForwardKey(*forward.named[:2], took.proto)], took)
+        row = Row(forward, config, verdicts[ForwardKey(*forward.named.key, took.proto)], took)
         if isinstance(answer, QubeReport) and answer.listener is not None:
             row = row._replace(bugs=answer.listener.bugs)
         if answer is not None and isinstance(target, QubeReport):

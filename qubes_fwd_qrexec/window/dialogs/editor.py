@@ -298,5 +298,5 @@ def _change(
 ) -> Done:
     """Make the change that was shown, and no other."""
     if not is_new:
-        return actions.edit(backend, now, named[:2], options, seen)
+        return actions.edit(backend, now, named.key, options, seen)
     return actions.add(backend, now, named.target, ForwardRule.from_options(options), named.name, seen)

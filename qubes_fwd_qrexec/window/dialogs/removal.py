@@ -70,7 +70,7 @@ def _removed(board: Board, seen: Mapping[Key, Seen], backend: Backend) -> Done:
 
 def what_closes(look: Look, keys: Sequence[Key]) -> list[str]:
     """A sentence for each rule, and one for those that are too many."""
-    forwards: dict[Key, Forward] = {forward.named[:2]: forward for forward in look.plan}
+    forwards: dict[Key, Forward] = {forward.named.key: forward for forward in look.plan}
     entries = {entry.key: entry for entry in look.entries.rules}
     texts = [_closes(entries[key], forwards.get(key)) for key in keys[:SHOWN_MAX]]
     if (more := len(keys) - SHOWN_MAX) > 0:

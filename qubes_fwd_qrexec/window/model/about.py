@@ -126,7 +126,7 @@ def _verdict(look: Look, key: Key) -> PolicyVerdict | None:
 
 def _hops(figures: Figures | None, key: Key) -> tuple[Hop, ...]:
     by_nft: Sequence[nftstatus.NftRow] = () if figures is None else figures.status.by_nft.rows
-    return next((row.hops for row in by_nft if row.forward.named[:2] == key), ())
+    return next((row.hops for row in by_nft if row.forward.named.key == key), ())
 
 
 def _goes_on(figures: Figures | None, key: Key) -> Iterator[str]:

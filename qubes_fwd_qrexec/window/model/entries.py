@@ -64,10 +64,9 @@ def entries(plan: Plan, due: tuple[Step, ...], denials: Mapping[Key, str]) -> En
     differs = differing(plan, due)
     found = [
         _of_forward(forward, differs.get(key, AS_ASKED), denials.get(key))
-        for forward in plan
-        for key in (forward.named[:2],)
+        for key, forward in ((forward.named.key, forward) for forward in plan)
     ]
-    found += [_of_broken(rule, differs.get((rule.target, rule.name), AS_ASKED)) for rule in plan.broken]
+    found += [_of_broken(rule, differs.get(rule.key, AS_ASKED)) for rule in plan.broken]
     found.sort(key=lambda entry: entry.key)
     known = {entry.key for entry in found}
     return Entries(tuple(found), tuple(differs[key] for key in differs.keys() - known))
@@ -92,7 +91,7 @@ def _of_forward(forward: Forward, now: InForce, denial: str | None) -> Entry:
     if rule.proto is not Proto.TCP:
         to = f"{to} {'+'.join(protos)}"
     return Entry(
-        key=forward.named[:2],
+        key=forward.named.key,
         mark=_mark(state, now, is_live=is_live, is_denied=is_denied),
         state=state,
         cause=decisive.cause,
@@ -166,7 +165,7 @@ def _of_broken(rule: BrokenRule, now: InForce) -> Entry:
     is_still = now.force is Force.STILL
     state = State.ACTIVE if is_still else State.BROKEN
     return Entry(
-        key=(rule.target, rule.name),
+        key=rule.key,
         mark=_mark(state, now),
         state=state,
         cause=Cause.UNREADABLE,

@@ -33,9 +33,9 @@ class Figures:
         """What is said of each live forward."""
         found: dict[Key, tuple[str, ...]] = {}
         for row in self.status.rows:
-            key = row.forward.named[:2]
+            key = row.forward.named.key
             found[key] = (*found.get(key, ()), *_of_row(row))
-        return found | {row.forward.named[:2]: tuple(_of_nft(row)) for row in self.status.by_nft.rows}
+        return found | {row.forward.named.key: tuple(_of_nft(row)) for row in self.status.by_nft.rows}
 
     @cached_property
     def clients(self) -> Mapping[tuple[str, str], tuple[Client, ...]]:

@@ -42,7 +42,7 @@ def differing(plan: Plan, due: Iterable[Step]) -> Mapping[Key, InForce]:
 
     ``due`` are all steps from what is to what the plan asks for.
     """
-    live = {forward.named[:2]: forward for forward in plan.live}
+    live = {forward.named.key: forward for forward in plan.live}
     found: dict[Key, InForce] = {}
     for step in due:
         if step.kind is Kind.OPEN_POLICY:
@@ -74,7 +74,7 @@ def _add_allowed(found: dict[Key, InForce], plan: Plan, lines: Iterable[str]) ->
     explained = {key[0] for key, now in found.items() if now.force is not Force.NOT_YET}
     for target, calls in filter(None, map(policy.calls_of, lines)):
         keys = [
-            forward.named[:2]
+            forward.named.key
             for forward in closed.get(target, ())
             if forward.named.rule.target_ports.overlaps(calls.ports)
         ]

@@ -93,7 +93,7 @@ def judge(draft: Draft, snapshot: Snapshot, now: float, known: Plan | None = Non
     """What becomes of a draft in a system at ``now``, in UNIX seconds. ``known`` is the plan of the snapshot,
     where the caller has it.
     """
-    if draft.base is not None and snapshot.stored.get(draft.base[:2]) != draft.base:
+    if draft.base is not None and snapshot.stored.get(draft.base.key) != draft.base:
         return _overtaken(draft, draft.base, snapshot)
     faults, mends = _faults(draft, snapshot, now)
     missing = draft.missing
@@ -121,7 +121,7 @@ def button(draft: Draft, forward: Forward | None = None) -> str:
 
 
 def _overtaken(draft: Draft, base: NamedRule, snapshot: Snapshot) -> Judgement:
-    stored, lines = snapshot.stored.get(base[:2]), [_("You saw: {rule}").format(rule=base.rule)]
+    stored, lines = snapshot.stored.get(base.key), [_("You saw: {rule}").format(rule=base.rule)]
     headline, mends = (
         _("This rule has been removed in the meantime."),
         [Mend(_("Create it again"), draft=draft.rebased(None))],
@@ -199,7 +199,7 @@ def _named(draft: Draft, snapshot: Snapshot, now: float) -> NamedRule:
 
 
 def _previewed(draft: Draft, named: NamedRule, snapshot: Snapshot, seen: Preview, now: float) -> Judgement:
-    key: Key = named[:2]
+    key: Key = named.key
     forward, problem = seen.forward, seen.problem
     lines, faults = [reasons.sentence(forward, problem)], dict[str, str]()
     if problem is not None:

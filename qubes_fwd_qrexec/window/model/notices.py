@@ -103,7 +103,7 @@ def changes(before: Look, after: Look) -> Iterator[Change]:
 
 
 def _by_key(look: Look) -> dict[Key, Forward]:
-    return {forward.named[:2]: forward for forward in look.plan}
+    return {forward.named.key: forward for forward in look.plan}
 
 
 def _kind(entry: Entry) -> Kind | None:

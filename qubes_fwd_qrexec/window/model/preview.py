@@ -27,7 +27,7 @@ def preview(snapshot: Snapshot, now: float, named: NamedRule, known: Plan | None
     exist. ``known`` is the plan of the snapshot, where the caller has it.
     """
     known = known or snapshot.plan(now)
-    key = named[:2]
+    key = named.key
     after = snapshot.changed({key: str(named.rule)})
     decision = decided(after, [key], now).get(key)
     if decision is not None:
@@ -36,7 +36,7 @@ def preview(snapshot: Snapshot, now: float, named: NamedRule, known: Plan | None
     if key in snapshot.stored:
         old = snapshot.plan(now, [key], is_held=False, known=known).find(*key)
     planned = after.plan(now, [key], is_held=False, known=known)
-    forward = next(each for each in planned if each.named[:2] == key)
+    forward = next(each for each in planned if each.named.key == key)
     problem = new_problem(old, forward)
     if snapshot.is_held:
         forward = forward.with_finding(Finding(Cause.HELD))
