@@ -138,6 +138,22 @@ def test_an_end_is_noticed_when_its_time_comes(board: Board, loop: MainLoop, for
     loop.until(lambda: states(board) == [State.EXPIRED])
 
 
+def test_an_end_that_passed_while_the_machine_slept_is_noticed_with_the_next_figures(
+    loop: MainLoop, other_store: Callable[[], Backend], forward: Command, asked: Asked
+) -> None:
+    """Its timers stand still meanwhile, so the next tick may be a minute off."""
+    slept = [0.0]
+    made = Board(other_store, loop.deliver, loop.later, lambda: loop.now + slept[0])
+    forward("add", "work", "80", "--from", "any", "--expire", "+90m")
+    looked(made, loop)
+    made.be_seen(True)
+    loop.until(lambda: made.figures is not None)
+    slept[0] = 7200.0
+    loop.pass_time(FIGURES_S)
+    loop.until(lambda: states(made) == [State.EXPIRED])
+    made.close()
+
+
 def test_times_are_told_anew_each_minute_and_near_an_end_each_second_and_only_while_seen(
     board: Board, loop: MainLoop, forward: Command
 ) -> None:

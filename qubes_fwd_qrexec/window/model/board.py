@@ -177,13 +177,17 @@ class Board:
     def _tick(self) -> None:
         """Notice that a rule has ended, and come again."""
         self._cancel_tick()
+        left_s = self._look_at_end()
+        self._cancel_tick = self._later(SOON_TICK_S if 0 < left_s <= SOON_S else TICK_S, self._ticked)
+
+    def _look_at_end(self) -> float:
+        """Look anew if a rule has ended since the last look. Returns the seconds to the next end."""
         end, now = None, self._clock()
         if self.look is not None:
             end = next_end(self.look.plan, self.look.now)
             if end is not None and end <= now:
                 self.refresh()
-        left_s = TICK_S if end is None else end - now
-        self._cancel_tick = self._later(SOON_TICK_S if 0 < left_s <= SOON_S else TICK_S, self._ticked)
+        return TICK_S if end is None else end - now
 
     def _ticked(self) -> None:
         self._tick()
@@ -220,5 +224,7 @@ class Board:
         self._ask_again()
 
     def _ask_again(self) -> None:
+        # While the machine sleeps no tick comes, and the next one may take a minute.
+        self._look_at_end()
         self._is_asking = False
         self._later(FIGURES_S, self._ask_figures)
