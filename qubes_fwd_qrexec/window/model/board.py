@@ -99,6 +99,7 @@ class Board:
         if is_seen and not self._is_seen:
             self._is_seen = True
             self._tick()
+            self._tell()
             self._check_watch()
             self._ask_figures()
         self._is_seen = is_seen
