@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The main window: what is open at the top, the list of rules, and beside it or below all about one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.states import Key
@@ -20,7 +20,7 @@ from .model.figures import leftovers
 from .model.look import Look
 from .model.rowmenu import menu_items
 from .model.rows import ENDED, SOON_S, Filter, Group, Item, Show
-from .model.summary import summary
+from .model.summary import Tone, summary
 from .model.words import _
 from .outcome import Outcome
 from .placeholder import Lack, Placeholder
@@ -147,7 +147,7 @@ class MainWindow:
             self._list.show(self._groups)
             self._listed = listed
         yield
-        self._replace(self._lack())
+        self._replace(self._lack(left))
         yield
         yield from self._filters.offer([] if look is None else rows.qubes(look))
 
@@ -178,13 +178,14 @@ class MainWindow:
         elif lack is not None and (focus is None or had_focus):
             self._placeholder.focus()
 
-    def _lack(self) -> Lack | None:
-        """Why there is nothing to list; None if there is something."""
-        look = self._board.look
+    def _lack(self, left: Sequence[str]) -> Lack | None:
+        """Why there is nothing to list; None if there is something. ``left`` is what goes on all the same."""
+        look, trouble = self._board.look, self._board.trouble
         if look is None:
-            return Lack.NOT_LOOKED if self._board.trouble is None else Lack.CANNOT_LOOK
-        if not (look.plan.forwards or look.plan.broken):
-            return Lack.NO_RULES
+            return Lack.NOT_LOOKED if trouble is None else Lack.CANNOT_LOOK
+        if not look.entries.rules:
+            is_closed = not left and summary(look, trouble).tone in (Tone.CLOSED, Tone.HELD)
+            return Lack.NO_RULES if is_closed else Lack.NO_RULES_YET_OPEN
         return None if self._groups else Lack.NONE_FITS
 
     def seen(self, key: Key) -> Seen | None:

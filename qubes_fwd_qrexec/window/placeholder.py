@@ -15,6 +15,7 @@ class Lack(Enum):
     NOT_LOOKED = auto()
     CANNOT_LOOK = auto()
     NO_RULES = auto()
+    NO_RULES_YET_OPEN = auto()
     NONE_FITS = auto()
 
 
@@ -29,11 +30,13 @@ class Placeholder:
         self.add = button(_("Add a _forward…"), add, style="suggested-action")
         self._buttons = {
             Lack.NO_RULES: self.add,
+            Lack.NO_RULES_YET_OPEN: self.add,
             Lack.CANNOT_LOOK: button(_("Re_load"), look),
             Lack.NONE_FITS: button(_("Sh_ow all"), show_all),
         }
         self._spinner = Gtk.Spinner()
-        self.widget = column(self._spinner, self._title, self._text, *self._buttons.values(), gap=2 * GAP)
+        buttons = dict.fromkeys(self._buttons.values())
+        self.widget = column(self._spinner, self._title, self._text, *buttons, gap=2 * GAP)
         self.widget.set_valign(Gtk.Align.CENTER)
         self.widget.set_halign(Gtk.Align.CENTER)
         self.widget.set_border_width(4 * GAP)
@@ -41,7 +44,7 @@ class Placeholder:
             text.set_xalign(0.5)
             text.set_justify(Gtk.Justification.CENTER)
             text.set_max_width_chars(60)
-        for each in (self._spinner, self._text, *self._buttons.values()):
+        for each in (self._spinner, self._text, *buttons):
             each.set_no_show_all(True)
             each.set_halign(Gtk.Align.CENTER)
 
@@ -57,13 +60,17 @@ class Placeholder:
                 _("Nothing on this machine can be reached"),
                 _("A forward lets others reach a server in one of your qubes."),
             ),
+            Lack.NO_RULES_YET_OPEN: (
+                _("There are no rules"),
+                _("Something is open all the same, or may be: see above."),
+            ),
             Lack.NONE_FITS: (_("No forward matches the filter"), ""),
         }[lack]
         self._title.set_text(title)
         self._text.set_text(words)
         self._text.set_visible(bool(words))
-        for each, shown in self._buttons.items():
-            shown.set_visible(each is lack)
+        for each in self._buttons.values():
+            each.set_visible(each is self._buttons.get(lack))
         self._spinner.set_visible(lack is Lack.NOT_LOOKED)
         self._spinner.props.active = lack is Lack.NOT_LOOKED
 

@@ -110,6 +110,53 @@ def test_where_nothing_is_forwarded_it_offers_to_add(shown: Shown) -> None:
     assert shown.asked.calls == [("add",), ("add",)]
 
 
+NOTHING = "Nothing on this machine can be reached"
+
+
+def test_where_no_rule_is_left_of_what_is_in_force_it_does_not_say_that_nothing_can_be_reached(
+    shown: Shown, forward: Command, lab: LabDirectory
+) -> None:
+    forward(*ADD)
+    lab.remove_feature("work", "forward.web")
+    shown.look()
+    said = texts(shown.widget)
+    assert "1 port is open. 1 forward should be closed and is still in force." in said
+    assert "There are no rules" in said
+    assert NOTHING not in said
+    pressable(shown.widget, "Add a forward…").clicked()
+    assert shown.asked.calls == [("add",)]
+    forward("apply")
+    shown.look()
+    assert NOTHING in texts(shown.widget)
+
+
+def test_where_not_all_could_be_read_it_does_not_say_that_nothing_can_be_reached(
+    shown: Shown,
+) -> None:
+    shown.look()
+    assert NOTHING in texts(shown.widget)
+    assert shown.board.look is not None
+    snapshot = shown.board.look.snapshot
+    snapshot = snapshot._replace(installed=snapshot.installed._replace(problem="no policy file"))
+    shown.board.look = replace(shown.board.look, snapshot=snapshot)
+    shown.window.show()
+    until(lambda: "There are no rules" in texts(shown.widget))
+    assert NOTHING not in texts(shown.widget)
+
+
+def test_where_what_is_shown_may_be_old_it_does_not_say_that_nothing_can_be_reached(
+    shown: Shown, lab: LabDirectory
+) -> None:
+    shown.look()
+    lab.qubes_dir.rename(lab.root / "away")
+    shown.board.refresh()
+    until(lambda: "There are no rules" in texts(shown.widget))
+    assert NOTHING not in texts(shown.widget)
+    (lab.root / "away").rename(lab.qubes_dir)
+    shown.board.refresh()
+    until(lambda: NOTHING in texts(shown.widget))
+
+
 def test_rules_are_listed_by_target(shown: Shown, forward: Command) -> None:
     forward(*ADD)
     forward("add", "personal", "81", "--from", "any")
