@@ -329,7 +329,8 @@ class CallBudget:
                 continue  # whoever comes before it holds less
             seen.add((wanted.target, wanted.kind))
             brake = self._target(wanted)
-            is_braked = not brake.admits(self.calls_to(wanted.target), now)
+            is_renewal = wanted.kind is Kind.RENEWAL
+            is_braked = not is_renewal and not brake.admits(self.calls_to(wanted.target), now)
             if self._has_room(wanted) and not is_braked:
                 continue
             everybody = list(self._places)
@@ -382,9 +383,11 @@ class CallBudget:
 
     def _brakes(self, wanted: Wanted) -> tuple[tuple[Brake, int], ...]:
         """The brakes that apply to it, and how many calls count against each: none against that of a service,
-        which was refused. A renewal has none for its service: its own pace is slow enough."""
-        of_target = self._target(wanted), self.calls_to(wanted.target)
-        return (of_target,) if wanted.kind is Kind.RENEWAL else (of_target, (self._service(wanted), 0))
+        which was refused. A renewal has none: its own pace is slow enough, and it must not wait for a try
+        that hangs."""
+        if wanted.kind is Kind.RENEWAL:
+            return ()
+        return (self._target(wanted), self.calls_to(wanted.target)), (self._service(wanted), 0)
 
     def _target(self, wanted: Wanted) -> Brake:
         return self._targets.setdefault(wanted.target, Brake())

@@ -81,6 +81,17 @@ async def test_a_renewal_is_asked_for_although_new_calls_were_refused(autojump_c
         assert mux.has_call
 
 
+async def test_a_renewal_does_not_wait_for_a_try_that_hangs(autojump_clock: MockClock) -> None:
+    async with bench_of(20) as bench:
+        await bench.have(1, kind=Kind.MUX, service="work/m")
+        (failed,) = await bench.want("r/s")
+        assert failed.failed(ExitStatus.NO_ROOM)
+        (hanging,) = await bench.want("r/s")
+        await bench.until(partial(has_call, hanging))
+        (renewal,) = await bench.want(kind=Kind.RENEWAL, service="work/m")
+        assert renewal.has_call
+
+
 async def test_the_reason_of_a_refusal_reaches_those_who_waited(autojump_clock: MockClock) -> None:
     async with bench_of(20) as bench:
         (first,) = await bench.want()
