@@ -9,11 +9,19 @@ import math
 
 from qubes_fwd_qrexec.common.refusals import Refusal
 
+from .bucket import Bucket
+
+# A call that finds no vchan keeps one of its target's 127 slots for two minutes (docs/facts.md, Q1 and Q3).
+# So in that time fewer than 90 are in vain, however often there seems to be room.
+_VAIN_A_SECOND = 1 / 3
+_VAIN_AT_ONCE = 40.0
+_VAIN_DEBT_MAX = 5.0
+
 
 class Brake:
     """For one service of a target, or for a target. Times are in seconds of any one clock."""
 
-    __slots__ = ("_again_at", "_asking", "_most", "_soon_at", "kind", "why")
+    __slots__ = ("_again_at", "_asking", "_most", "_soon_at", "_vain", "kind", "why")
 
     def __init__(self) -> None:
         self.why = ""
@@ -24,6 +32,7 @@ class Brake:
         self._again_at = -math.inf
         self._soon_at = math.inf
         self._asking: object = None
+        self._vain: Bucket | None = None
 
     @property
     def is_on(self) -> bool:
@@ -48,6 +57,13 @@ class Brake:
         self._soon_at = soon_at
         self.why = why
         self.kind = kind
+
+    def in_vain(self, most: int, again_at: float, why: str, now: float, soon_s: float) -> None:
+        """`put_on` after a call that found no vchan; ``soon_s`` is how soon the end of any other helps."""
+        vain = self._vain = self._vain or Bucket(_VAIN_A_SECOND, _VAIN_AT_ONCE, now)
+        vain.left = max(vain.fill(now) - 1, -_VAIN_DEBT_MAX)
+        soon_at = now + max(soon_s, -vain.left / _VAIN_A_SECOND)
+        self.put_on(most, max(again_at, soon_at), why, soon_at=soon_at)
 
     def admits(self, living: int, now: float) -> bool:
         """Whether another call may begin beside ``living`` ones."""

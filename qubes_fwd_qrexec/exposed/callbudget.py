@@ -204,8 +204,8 @@ class CallBudget:
         # Who had the room may be over before this is heard of.
         may_be_room = others or (not place.is_through and place.began_at <= self._freed_at)
         if status == ExitStatus.NO_ROOM and may_be_room and self._may_be_full(wanted):
-            soon_at = trio.current_time() + LOOK_S
-            self._target(wanted).put_on(living, again_at, meaning(status), soon_at=soon_at)
+            now = trio.current_time()
+            self._target(wanted).in_vain(living, again_at, meaning(status), now, LOOK_S)
             return True
         is_renewal = wanted.kind is Kind.RENEWAL
         if status == ExitStatus.REFUSED and living and not is_renewal and self._may_be_full(wanted):

@@ -55,6 +55,26 @@ async def test_it_is_tried_now_and_then_and_no_more_often_however_many_calls_end
         assert tries <= 20.0 / AGAIN_S + 1
 
 
+async def test_calls_in_vain_leave_the_target_slots_for_others(autojump_clock: MockClock) -> None:
+    """Each keeps one for two minutes; a small call that gets through between them changes nothing."""
+    async with bench_of(20) as bench:
+        await bench.have(2)
+        (once,) = await bench.have(1, service="other/s+1")
+        once.end()
+        began = trio.current_time()
+        vain = 0
+        while trio.current_time() < began + 120.0:
+            for client in await bench.want("m/m", "m/m", service="other/s+1"):
+                await bench.until(partial(has_call, client))
+                assert client.failed(ExitStatus.NO_ROOM)
+                vain += 1
+            (small,) = await bench.want("s/s", service="other/s+2")
+            await bench.until(partial(has_call, small))
+            small.through()
+            small.end()
+        assert 40 < vain < 90
+
+
 @pytest.mark.parametrize("does", ["fails", "hangs"])
 async def test_a_target_that_takes_no_call_keeps_nobody_out_of_others(
     autojump_clock: MockClock, does: str
