@@ -16,12 +16,15 @@ from .bucket import Bucket
 _VAIN_A_SECOND = 1 / 3
 _VAIN_AT_ONCE = 40.0
 _VAIN_DEBT_MAX = 5.0
+# A try for room that has no answer for so long keeps nobody else from trying: dom0 loses a call now and then
+# (docs/facts.md, Q19).
+TRY_S = 10.0
 
 
 class Brake:
     """For one service of a target, or for a target. Times are in seconds of any one clock."""
 
-    __slots__ = ("_again_at", "_asking", "_most", "_soon_at", "_vain", "kind", "why")
+    __slots__ = ("_again_at", "_asking", "_asking_until", "_most", "_soon_at", "_vain", "kind", "why")
 
     def __init__(self) -> None:
         self.why = ""
@@ -32,6 +35,7 @@ class Brake:
         self._again_at = -math.inf
         self._soon_at = math.inf
         self._asking: object = None
+        self._asking_until = -math.inf
         self._vain: Bucket | None = None
 
     @property
@@ -67,16 +71,18 @@ class Brake:
 
     def admits(self, living: int, now: float) -> bool:
         """Whether another call may begin beside ``living`` ones."""
-        return not self.is_full(living) or (self._asking is None and now >= self._again_at)
+        since = self._again_at if self._asking is None else self._asking_until
+        return not self.is_full(living) or now >= since
 
     def hasten(self) -> None:
         """A call has ended, to whichever target."""
         self._again_at = min(self._again_at, self._soon_at)
 
-    def begins(self, call: object, living: int) -> None:
+    def begins(self, call: object, living: int, now: float) -> None:
         """``call`` begins beside ``living`` ones; if the brake allows no more than those, it is the try."""
         if self.is_full(living):
             self._asking = call
+            self._asking_until = now + TRY_S if self.waits_for_any else math.inf
 
     def is_through(self, call: object) -> bool:
         """``call`` is through: if it was the try, which is returned, release the brake."""

@@ -288,7 +288,7 @@ class CallBudget:
         self._queue.begin(wanted)
         wanted.place = Place(self, wanted, now)
         for brake, living in self._brakes(wanted):
-            brake.begins(wanted.place, living)
+            brake.begins(wanted.place, living, now)
         self._places.add(wanted.place)
         self._count(wanted, 1)
         wanted.settled.set()

@@ -9,6 +9,7 @@ from budgetbench import bench_of, has_call, served
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.exposed.brake import TRY_S
 from qubes_fwd_qrexec.exposed.callbudget import BEGIN_OF_ONE_MAX, LOOK_S
 from qubes_fwd_qrexec.exposed.callqueue import Kind
 from qubes_fwd_qrexec.exposed.callwaits import AGAIN_S, DOUBT_S
@@ -73,6 +74,24 @@ async def test_calls_in_vain_leave_the_target_slots_for_others(autojump_clock: M
             small.through()
             small.end()
         assert 40 < vain < 90
+
+
+async def test_a_try_that_hangs_keeps_nobody_from_its_target_for_long(autojump_clock: MockClock) -> None:
+    """dom0 has lost it, and the target takes calls."""
+    async with bench_of(20) as bench:
+        await bench.have(2)
+        (once,) = await bench.have(1, service="other/s+1")
+        once.end()
+        (failed,) = await bench.want(service="other/s+1")
+        assert failed.failed(ExitStatus.NO_ROOM)
+        hanging, *others = await bench.want(*["b/c"] * 4, service="other/s+1")
+        await bench.until(partial(has_call, hanging))
+        began = trio.current_time()
+        await bench.until(partial(has_call, others[0]))
+        assert trio.current_time() - began <= TRY_S + LOOK_S
+        others[0].through()
+        await wait_all_tasks_blocked()
+        assert served(others) == len(others)
 
 
 @pytest.mark.parametrize("does", ["fails", "hangs"])
