@@ -47,9 +47,8 @@ BEGIN_MAX = 4
 BEGIN_OF_ONE_MAX = BEGIN_MAX - 1
 # A call that takes longer than this waits for its target to start, and no longer for xenstored.
 BEGIN_S = 5.0
-# At most a quarter of the budget is reserved for mux calls, and half of it for targets that have no call.
-_MUX_SHARE = 4
-_TARGETS_SHARE = 2
+# At most a quarter of the budget is reserved for mux calls, and as much for targets that have no call.
+_RESERVED_SHARE = 4
 # How often to look at the queue, in addition to whenever a call ends. So soon after it has found no room a
 # target may try again when one does.
 LOOK_S = 0.25
@@ -127,7 +126,7 @@ class CallBudget:
 
     def expect(self, mux_calls: int, targets: Iterable[str] = ()) -> None:
         """Reserve room, within bounds, for so many mux calls, and for each of these targets."""
-        self._reserved = min(mux_calls, self.calls_max // _MUX_SHARE)
+        self._reserved = min(mux_calls, self.calls_max // _RESERVED_SHARE)
         self._expected = frozenset(targets)
         self._keep_room()
 
@@ -370,7 +369,7 @@ class CallBudget:
     def _keep_room(self) -> None:
         """Keep a place for each target that has none, within bounds."""
         without = sum(not self._calls_to[target] for target in self._expected)
-        self._kept = min(without, self.calls_max // _TARGETS_SHARE)
+        self._kept = min(without, self.calls_max // _RESERVED_SHARE)
 
     def _no_room(self, wanted: Wanted) -> RefusedError:
         """Why there was no place in time."""

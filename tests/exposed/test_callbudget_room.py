@@ -167,24 +167,24 @@ async def test_a_target_leaves_a_place_to_each_that_has_no_call(autojump_clock: 
         assert served(more) == 2
 
 
-async def test_at_most_half_of_all_places_are_left_to_targets_without_a_call(
+async def test_at_most_a_quarter_of_all_places_is_left_to_targets_without_a_call(
     autojump_clock: MockClock,
 ) -> None:
     async with bench_of(8) as bench:
         bench.budget.expect(0, [f"t{number}" for number in range(50)])
-        assert len(await bench.have(4, service="t0/s+1")) == 4
+        assert len(await bench.have(6, service="t0/s+1")) == 6
         (waiting,) = await bench.want("r/s", service="t0/s+1")
         assert not waiting.has_call
-        for number in range(1, 5):
+        for number in range(1, 3):
             await bench.have(1, service=f"t{number}/s+1")
         assert bench.budget.calls == 8
 
 
 async def test_unused_calls_of_others_are_kept_for_them(autojump_clock: MockClock) -> None:
     """Letting them go would give no room to a target which has a call: it would be their place still."""
-    async with bench_of(3) as bench:
+    async with bench_of(4) as bench:
         bench.budget.expect(0, ["greedy", "other"])
-        await bench.have(2, kind=Kind.MUX, service="greedy/m")
+        await bench.have(3, kind=Kind.MUX, service="greedy/m")
         (unused,) = await bench.have(1, kind=Kind.MUX, service="other/m")
         unused.quiet_s = 10.0
         (waiting,) = await bench.want(kind=Kind.MUX, service="greedy/m")
