@@ -2,8 +2,11 @@
 """The board follows a system, and asks its qubes only while it is seen."""
 
 from collections.abc import Callable, Iterator
+from threading import Event
+from typing import Any
 
 import pytest
+from helpers import BOUND_S
 from mainloop import MainLoop
 from worlds import NOW, Command
 
@@ -14,8 +17,9 @@ from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
 from qubes_fwd_qrexec.window.model import board as boards
 from qubes_fwd_qrexec.window.model import figures
-from qubes_fwd_qrexec.window.model.board import FIGURES_S, Board
+from qubes_fwd_qrexec.window.model.board import FIGURES_S, LOOK_TIMEOUT_S, Board
 from qubes_fwd_qrexec.window.model.figures import Figures
+from qubes_fwd_qrexec.window.model.look import Look
 
 
 @pytest.fixture
@@ -125,6 +129,59 @@ def test_a_look_that_fails_leaves_the_last_one_and_says_so(
     assert board.trouble == "qubesd is not there"
     assert board.look is was
     looked(board, loop)
+    assert board.trouble is None
+
+
+def test_a_look_that_takes_too_long_leaves_the_last_one_and_says_so_until_it_is_done(
+    board: Board, loop: MainLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a qubesd that hangs. Another look that is asked for meanwhile puts nothing off."""
+    looked(board, loop)
+    was, answers, look_at = board.look, Event(), boards.look_at
+
+    def hang(*given: Any) -> Look:
+        assert answers.wait(BOUND_S)
+        return look_at(*given)
+
+    monkeypatch.setattr(boards, "look_at", hang)
+    told: list[str | None] = []
+    board.subscribe(lambda: told.append(board.trouble))
+    board.refresh()
+    loop.pass_time(LOOK_TIMEOUT_S - 1)
+    board.refresh()
+    assert told == []
+    loop.pass_time(1)
+    assert board.trouble == "the qubes have not been read within 30 s; if qubesd hangs, restart it"
+    assert told == [board.trouble]
+    assert board.look is was
+    answers.set()
+    loop.until(lambda: board.look is not was)
+    assert board.trouble is None
+
+
+def test_a_look_that_hangs_after_another_that_was_done_is_noticed(
+    board: Board, loop: MainLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_at, first, answers = boards.look_at, Event(), Event()
+    waits, begun = [first, answers], Event()
+
+    def hang(*given: Any) -> Look:
+        begun.set()
+        assert waits.pop(0).wait(BOUND_S)
+        return look_at(*given)
+
+    monkeypatch.setattr(boards, "look_at", hang)
+    board.refresh()
+    assert begun.wait(BOUND_S)
+    board.refresh()
+    first.set()
+    loop.until(lambda: board.look is not None)
+    assert board.trouble is None
+    loop.pass_time(LOOK_TIMEOUT_S)
+    assert board.trouble is not None
+    answers.set()
+    loop.until(lambda: board.trouble is None)
+    loop.pass_time(2 * LOOK_TIMEOUT_S)
     assert board.trouble is None
 
 

@@ -17,11 +17,14 @@ from .figures import Figures
 from .look import Look, look_at
 from .news import News
 from .rows import SOON_S
+from .words import _
 from .worker import Deliver, OpenBackend, Worker
 
 T = TypeVar("T")
 Later = Callable[[float, Callable[[], None]], Callable[[], None]]
 """Has the main thread call a function after some seconds; returns what cancels that."""
+# A look at a large system takes some seconds; a qubesd that hangs never answers, and qubesadmin waits for it.
+LOOK_TIMEOUT_S = 30.0
 # Each question calls every qube that listens.
 FIGURES_S = 5.0
 # After the first look, whose rules are being shown: many threads that hear answers would hinder that.
@@ -34,7 +37,7 @@ SOON_TICK_S = 1.0
 class Board:
     """The last look and the last figures, None until there are any.
 
-    ``trouble`` says why what is here may be old: the last look failed, or no news come.
+    ``trouble`` says why what is here may be old: the last look failed or takes too long, or no news come.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class Board:
         self._clock = clock
         self._no_look: str | None = None
         self._no_news: str | None = None
+        self._looks = 0
+        self._cancel_timeout: Callable[[], None] | None = None
         self._told: list[Callable[[], None]] = []
         self._is_seen = self._is_asking = False
         self._asked_at: float | None = None
@@ -87,11 +92,21 @@ class Board:
     def refresh(self) -> None:
         """Look at the system anew."""
         known = None if self.look is None else self.look.plan
+        self._looks += 1
+        number = self._looks
+        if self._cancel_timeout is None:
+            self._expect_look()
+
+        def looked(look: Look) -> None:
+            self._heard_of_look(number)
+            self._looked(look)
+
+        def not_looked(error: Exception) -> None:
+            self._heard_of_look(number)
+            self._not_looked(str(error))
+
         self._looking.do(
-            lambda backend: look_at(backend, self._clock(), known),
-            self._looked,
-            self._not_looked,
-            kind="look",
+            lambda backend: look_at(backend, self._clock(), known), looked, not_looked, kind="look"
         )
 
     def be_seen(self, is_seen: bool) -> None:
@@ -159,9 +174,23 @@ class Board:
         if is_first:
             self._later(FIRST_FIGURES_S, self._ask_figures)
 
-    def _not_looked(self, error: Exception) -> None:
-        self._no_look = str(error)
+    def _not_looked(self, why: str) -> None:
+        self._no_look = why
         self._tell()
+
+    def _expect_look(self) -> None:
+        """Say so if no look is done in time. It is still awaited."""
+        why = _("the qubes have not been read within {seconds} s; if qubesd hangs, restart it").format(
+            seconds=int(LOOK_TIMEOUT_S)
+        )
+        self._cancel_timeout = self._later(LOOK_TIMEOUT_S, lambda: self._not_looked(why))
+
+    def _heard_of_look(self, number: int) -> None:
+        if self._cancel_timeout is not None:
+            self._cancel_timeout()
+            self._cancel_timeout = None
+        if number != self._looks:
+            self._expect_look()  # another has been asked for meanwhile
 
     def _heard(self) -> None:
         self._no_news = None
