@@ -157,7 +157,7 @@ def test_what_changed_unseen_is_refused_and_both_stay_to_be_read(
     loop.pass_time(WAIT_S)
     move(lab, "sys-vpn")
     button(confirmation.widget, "Confirm").clicked()
-    until(lambda: "no longer what you saw, sys-net, but sys-vpn" in text(confirmation.widget))
+    until(lambda: "were sys-net when you looked, and are sys-vpn" in text(confirmation.widget))
     assert told == []
     assert "path=sys-firewall" in (lab.feature("work", "forward.web") or "")
 
@@ -279,7 +279,7 @@ def test_only_what_is_shown_is_removed(
     removal.open(None, [KEY])
     forward("set", "work", "web", "comment=x")
     button(removal.widget, "Remove").clicked()
-    until(lambda: "it is no longer what you saw" in text(removal.widget))
+    until(lambda: "it is not what you saw" in text(removal.widget))
     assert (told, lab.feature("work", "forward.web") is None) == ([], False)
     forward("remove", "work", "web")
     board.refresh()

@@ -105,7 +105,7 @@ def test_what_changed_unseen_is_not_opened(
     forward("set", "work", "web", "srcports=81")
     yes = button(opening.widget, "Open to anybody")
     yes.clicked()
-    until(lambda: "it is no longer what you saw" in text(opening.widget))
+    until(lambda: "it is not what you saw" in text(opening.widget))
     assert told == []
     until(lambda: "sys-net:81" in text(opening.widget))
     assert not yes.get_sensitive()
