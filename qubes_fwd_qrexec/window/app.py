@@ -8,7 +8,7 @@ from functools import partial
 from types import TracebackType
 
 from qubes_fwd_qrexec.admin.seen import Seen
-from qubes_fwd_qrexec.admin.states import Key
+from qubes_fwd_qrexec.admin.states import Key, State
 from qubes_fwd_qrexec.admin.views.connected import Client
 from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.values import QubeName
@@ -85,10 +85,10 @@ class Manager:
         self._editor.edit(self.widget, key, options)
 
     def extend(self, key: Key, seconds: int = 3600) -> None:
-        self._open(key, partial(actions.extend, seconds=seconds))
+        self._open(key, partial(actions.extend, seconds=seconds), State.EXPIRED)
 
     def enable(self, key: Key) -> None:
-        self._open(key, actions.enable)
+        self._open(key, actions.enable, State.DISABLED)
 
     def disable(self, key: Key) -> None:
         self._change(key, actions.disable)
@@ -147,10 +147,14 @@ class Manager:
         else:
             self.edit(key, remedy.options)
 
-    def _open(self, key: Key, change: Callable[..., Done]) -> None:
-        """Change a rule, after a question where that opens it to anybody."""
+    def _open(self, key: Key, change: Callable[..., Done], closed: State) -> None:
+        """Change a rule, after a question where that opens it to anybody: where nothing but ``closed``, which
+        the change ends, keeps it from them.
+        """
         look = self.board.look
-        if look is not None and opens_to_anybody(look, key):
+        forward = None if look is None else look.plan.find(*key)
+        is_opened = forward is not None and forward.state is closed
+        if look is not None and is_opened and opens_to_anybody(look, key):
             Opening(self.board, self.tell).open(self.widget, key, change)
         else:
             self._change(key, change)

@@ -136,6 +136,27 @@ def test_a_change_is_done_and_what_came_of_it_is_shown(running: Running, lab: La
     until(lambda: "enabled=no" not in lab.features("work")["forward.web"])
 
 
+ANYBODY = ("work", "all")
+
+
+def test_what_opens_to_anybody_is_asked_about_and_nothing_that_stays_closed_all_the_same(
+    running: Running, lab: LabDirectory, forward: Command
+) -> None:
+    forward("add", "work", "82", "--from", "any", "--name", "all", "--disabled")
+    forward("set", "work", "all", "expire=+1h")
+    was = lab.features("work")["forward.all"]
+    running.look()
+    running.manager.extend(ANYBODY)  # it stays disabled
+    until(lambda: running.says("work all is changed"))
+    assert running.dialogs() == []
+    assert lab.features("work")["forward.all"] != was
+    running.look()
+    running.manager.enable(ANYBODY)
+    (dialog,) = running.dialogs()
+    assert dialog.get_title() == "Open to anybody"
+    assert "enabled=no" in lab.features("work")["forward.all"]
+
+
 def test_clicks_while_a_change_waits_are_no_further_changes(running: Running, store: Backend) -> None:
     with store.locked():
         for _ in range(3):
