@@ -7,9 +7,9 @@ buffers are smaller. So the listener has one budget for all its calls. It counts
 smaller size of single calls benefits the rest of the qube. Part of the budget is reserved for mux calls,
 since each of those carries thousands of connections, and renewals have room on top of it. A target that has
 a call leaves a place for each target that has none. Calls beyond the budget wait in a bounded queue
-(`callqueue`). If no call ends by itself, something makes room: the least recently used of the idle mux calls,
-the idlest connection of a client that has more than its share, or the idlest mux call that such a client has
-to itself.
+(`callqueue`). The least recently used of the idle mux calls makes room at once. If no call ends by itself for
+a moment, something else does: the idlest connection of a client that has more than its share, or the idlest
+mux call that such a client has to itself.
 
 A call that is refused beside live calls to its target, or for lack of a vchan beside any other, has found no
 room: it is made again when another ends, and now and then. A call that is refused on its own is refused to
@@ -50,20 +50,21 @@ BEGIN_S = 5.0
 # At most a quarter of the budget is reserved for mux calls, and as much for targets that have no call.
 _RESERVED_SHARE = 4
 # How often to look at the queue, in addition to whenever a call ends. So soon after it has found no room a
-# target may try again when one does.
+# target may try again when one does; and for whoever has waited for so long a connection may be ended.
 LOOK_S = 0.25
 
 
 class Waiting(Wanted):
-    """A call that a task waits for; ``users`` says which clients wait for it."""
+    """A call that a task waits for, ``since`` when; ``users`` says which clients wait for it."""
 
-    __slots__ = ("error", "place", "settled", "users")
+    __slots__ = ("error", "place", "settled", "since", "users")
 
     def __init__(
         self, kind: Kind, target: str, service: str, key: Key, users: Callable[[], Collection[Key]]
     ) -> None:
         super().__init__(kind, target, service, key)
         self.users = users
+        self.since = trio.current_time()
         self.settled = trio.Event()
         self.place: Place | None = None
         self.error: RefusedError | None = None
@@ -322,11 +323,12 @@ class CallBudget:
 
     def _make_room(self, now: float) -> None:
         """End a call for the first one in the queue which has no room, and to which that gives some."""
-        seen = set[tuple[str, Kind]]()
+        seen = set[tuple[str, Kind, bool]]()
         for wanted in self._queue:
-            if (wanted.target, wanted.kind) in seen:
+            has_waited = now - wanted.since >= LOOK_S  # where many come and go, a call ends by itself
+            if (wanted.target, wanted.kind, has_waited) in seen:
                 continue  # whoever comes before it holds less
-            seen.add((wanted.target, wanted.kind))
+            seen.add((wanted.target, wanted.kind, has_waited))
             brake = self._target(wanted)
             is_renewal = wanted.kind is Kind.RENEWAL
             is_braked = not is_renewal and not brake.admits(self.calls_to(wanted.target), now)
@@ -339,11 +341,10 @@ class CallBudget:
             unused = everybody if leaves_room and (not is_braked or brake.waits_for_any) else own
             if any(place.makes_room for place in unused):
                 continue  # that one will end soon
-            found = (
-                idlest_mux_call(unused)
-                or idlest_single(used, wanted.key, self._queue)
-                or idlest_of_one_user(used, wanted.users(), everybody)
-            )
+            found = idlest_mux_call(unused)
+            if found is None and has_waited:
+                found = idlest_single(used, wanted.key, self._queue)
+                found = found or idlest_of_one_user(used, wanted.users(), everybody)
             if found is not None:
                 found.make_room()
                 return

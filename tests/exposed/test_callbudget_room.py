@@ -13,6 +13,7 @@ from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.exposed.callbudget import (
     BEGIN_OF_ONE_MAX,
     BEGIN_S,
+    LOOK_S,
 )
 from qubes_fwd_qrexec.exposed.callqueue import Kind
 from qubes_fwd_qrexec.exposed.callwaits import AGAIN_S, DOUBT_S, WAIT_S
@@ -53,13 +54,32 @@ async def test_idle_connections_of_one_client_do_not_keep_another_out(autojump_c
             crowd[-1].through()
             crowd[-1].quiet_s = 10.0 + number
         (other,) = await bench.want("web/b")
-        await wait_all_tasks_blocked()
-        assert other.has_call
+        await bench.until(lambda: other.has_call)
         assert [client.has_call for client in crowd] == [True, True, True, False]
         other.through()
         (same,) = await bench.want("web/a")
         assert not same.has_call
         assert served(crowd) == 3
+
+
+async def test_no_connection_makes_room_where_a_call_ends_by_itself_in_a_moment(
+    autojump_clock: MockClock,
+) -> None:
+    """As where many clients come and go."""
+    async with bench_of(4) as bench:
+        idle = await bench.want("web/a", "web/a", "web/a")
+        for client in idle:
+            client.through()
+            client.quiet_s = 3600.0
+        (busy,) = await bench.want("web/b")
+        busy.through()
+        for _ in range(20):
+            last, (busy,) = busy, await bench.want("web/b")
+            await trio.sleep(0.9 * LOOK_S)
+            last.end()
+            await wait_all_tasks_blocked()
+            busy.through()
+        assert served(idle) == 3
 
 
 async def test_idle_connections_of_one_client_in_all_mux_calls_do_not_keep_another_out(

@@ -174,8 +174,7 @@ async def test_idle_connections_to_a_target_make_room_for_others_to_it(autojump_
         (failed,) = await bench.want("web/b")
         assert failed.failed(ExitStatus.NO_ROOM)
         (again,) = await bench.want("web/b")
-        await wait_all_tasks_blocked()
-        assert again.has_call
+        await bench.until(lambda: again.has_call)
         assert served(idle) == 2
 
 
