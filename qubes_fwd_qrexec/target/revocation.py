@@ -150,22 +150,26 @@ def revoke(allowance: Allowance, place: Path, obey_s: float = OBEY_S) -> Revoked
     deadline = time.monotonic() + obey_s
     ended: set[tuple[Calls, int, int]] = set()
     signalled: set[int] = set()
+    is_killing = False
     while True:
+        is_over = time.monotonic() >= deadline  # before looking, as this process too may have to wait
         notes = living(place)
         verdicts = [(note, judge(note, at, allowance)) for note in notes]
         unsettled = [note for note, verdict in verdicts if verdict != note]
         ended |= {(note.calls, note.pid, note.number) for note, verdict in verdicts if verdict is None}
         if not unsettled:
             break
-        is_late = time.monotonic() >= deadline
-        for pid in {note.pid for note in unsettled} - (set() if is_late else signalled):
-            signalled.add(pid)
-            problem = _signal(pid, place, signal.SIGKILL if is_late else LOOK)
-            if problem is not None:
-                problems.append(problem)
-        if time.monotonic() >= deadline + obey_s:
+        if is_over and is_killing:
             problems += [f"{note}: does not end" for note in unsettled]
             break
+        is_killing = is_killing or is_over
+        for pid in {note.pid for note in unsettled} - (set() if is_killing else signalled):
+            signalled.add(pid)
+            problem = _signal(pid, place, signal.SIGKILL if is_killing else LOOK)
+            if problem is not None:
+                problems.append(problem)
+        if is_over:
+            deadline = time.monotonic() + obey_s
         time.sleep(_LOOK_AGAIN_S)
     if problems:
         raise RevocationError("; ".join(problems))

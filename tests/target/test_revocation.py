@@ -138,6 +138,23 @@ def test_who_does_not_obey_is_killed(place: Path) -> None:
         assert other.lives
 
 
+def test_who_is_killed_has_time_to_end_though_the_machine_stood_still_before(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stood_s = [0.0]
+    monotonic, sleep = time.monotonic, time.sleep
+
+    def stand_still(seconds: float) -> None:
+        stood_s[0] = 10 * BOUND_S
+        sleep(seconds)
+
+    with Call(place, obeys=False) as deaf, monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: monotonic() + stood_s[0])
+        patch.setattr(time, "sleep", stand_still)
+        assert revoke(NOTHING, place, obey_s=BOUND_S) == Revoked(1, 0)
+        assert deaf.status == -signal.SIGKILL
+
+
 def test_more_than_there_may_be_at_once_are_ended(place: Path) -> None:
     with Call(place) as one, Call(place) as two, Call(place, kind=Kind.SINGLE, obeys=False) as three:
         assert revoke(NOTHING, place, obey_s=KILLED_S) == Revoked(3, 0)
