@@ -43,7 +43,7 @@ from .idlest import idlest_mux_call, idlest_of_one_user, idlest_single
 RENEWALS_MAX = 2
 # On Qubes 4.3 calls that begin together fail, as xenstored allows a qube ten transactions at once.
 BEGIN_MAX = 4
-# Those to one target, which may be slow to take them, leave a place to others.
+# Those to one target, which may be slow to take them, leave a place to others, if there are any.
 BEGIN_OF_ONE_MAX = BEGIN_MAX - 1
 # A call that takes longer than this waits for its target to start, and no longer for xenstored.
 BEGIN_S = 5.0
@@ -302,8 +302,9 @@ class CallBudget:
         )
 
     def _may_begin(self, wanted: Wanted, beginning: Counter[str], now: float) -> bool:
+        is_alone = self._expected <= {wanted.target}
         return (
-            beginning[wanted.target] < BEGIN_OF_ONE_MAX
+            beginning[wanted.target] < (BEGIN_MAX if is_alone else BEGIN_OF_ONE_MAX)
             and beginning.total() < BEGIN_MAX
             and self._has_room(wanted)
             and all(brake.admits(living, now) for brake, living in self._brakes(wanted))

@@ -9,6 +9,7 @@ from budgetbench import Bench, Client, bench_of, served
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from qubes_fwd_qrexec.exposed.callbudget import (
+    BEGIN_MAX,
     BEGIN_OF_ONE_MAX,
     BEGIN_S,
     RENEWALS_MAX,
@@ -35,13 +36,27 @@ async def test_few_begin_together_and_a_cold_target_holds_up_others_for_a_moment
     autojump_clock: MockClock,
 ) -> None:
     async with bench_of(20) as bench:
-        clients = await bench.want(*["r/s"] * (2 * BEGIN_OF_ONE_MAX))
-        assert served(clients) == BEGIN_OF_ONE_MAX
+        clients = await bench.want(*["r/s"] * (2 * BEGIN_MAX))
+        assert served(clients) == BEGIN_MAX
         clients[0].through()
         await wait_all_tasks_blocked()
-        assert served(clients) == BEGIN_OF_ONE_MAX + 1
+        assert served(clients) == BEGIN_MAX + 1
         await trio.sleep(BEGIN_S + 1)
-        assert served(clients) == 2 * BEGIN_OF_ONE_MAX
+        assert served(clients) == 2 * BEGIN_MAX
+
+
+async def test_a_target_that_is_slow_to_take_calls_leaves_one_that_begins_to_others(
+    autojump_clock: MockClock,
+) -> None:
+    async with bench_of(20) as bench:
+        bench.budget.expect(0, ["slow", "other"])
+        slow = await bench.want(*["r/s"] * 10, service="slow/s+1")
+        assert served(slow) == BEGIN_OF_ONE_MAX
+        assert served(await bench.want("r/s", service="other/s+1")) == 1
+        bench.budget.expect(0, ["slow"])
+        slow[0].through()
+        await wait_all_tasks_blocked()
+        assert served(slow) == BEGIN_MAX
 
 
 async def test_waiting_has_a_bound_and_says_why(autojump_clock: MockClock) -> None:
@@ -117,12 +132,12 @@ async def test_a_bug_while_calls_are_waited_for_ends_nobody(
         raise ZeroDivisionError("a bug")
 
     async with bench_of(20) as bench:
-        clients = await bench.want(*["r/s"] * (2 * BEGIN_OF_ONE_MAX))
+        clients = await bench.want(*["r/s"] * (2 * BEGIN_MAX))
         with monkeypatch.context() as patch:
             patch.setattr(CallBudget, "_make_room", fail)
             await trio.sleep(BEGIN_S / 2)
         await trio.sleep(BEGIN_S)
-        assert served(clients) == 2 * BEGIN_OF_ONE_MAX
+        assert served(clients) == 2 * BEGIN_MAX
 
 
 async def test_who_comes_while_many_wait_has_nobody_looked_at_but_itself(autojump_clock: MockClock) -> None:

@@ -9,7 +9,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.exposed.callbudget import (
-    BEGIN_OF_ONE_MAX,
+    BEGIN_MAX,
 )
 from qubes_fwd_qrexec.exposed.callqueue import Kind
 from qubes_fwd_qrexec.exposed.callwaits import AGAIN_S
@@ -21,7 +21,7 @@ async def test_waiting_connections_are_refused_with_the_first_and_dom0_is_not_fl
     autojump_clock: MockClock,
 ) -> None:
     async with bench_of(20) as bench:
-        first = await bench.want(*["r/s"] * (BEGIN_OF_ONE_MAX + 10))
+        first = await bench.want(*["r/s"] * (BEGIN_MAX + 10))
         asked = [client for client in first if client.has_call]
         for client in asked:
             assert not client.failed(ExitStatus.REFUSED, "dom0 says no")
@@ -51,7 +51,7 @@ async def test_after_an_outage_all_are_served_within_a_moment(autojump_clock: Mo
         assert served(waiting) == 1
         next(client for client in waiting if client.has_call).through()
         await wait_all_tasks_blocked()
-        assert served(waiting) == BEGIN_OF_ONE_MAX + 1
+        assert served(waiting) == BEGIN_MAX + 1
 
 
 async def test_a_new_configuration_asks_again_at_once(

@@ -11,7 +11,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.exposed.callbudget import (
-    BEGIN_OF_ONE_MAX,
+    BEGIN_MAX,
     BEGIN_S,
     LOOK_S,
 )
@@ -283,10 +283,10 @@ async def test_what_dom0_has_never_allowed_is_soon_refused_beside_living_calls(
         await trio.sleep(AGAIN_S)
         assert await refusals_of(bench, "work/s+2") == 1
         # The target is not full, as the next call to it finds out for all.
-        others = await bench.want(*["r/s"] * BEGIN_OF_ONE_MAX)
+        others = await bench.want(*["r/s"] * BEGIN_MAX)
         next(filter(has_call, others)).through()
         await wait_all_tasks_blocked()
-        assert served(others) == BEGIN_OF_ONE_MAX
+        assert served(others) == BEGIN_MAX
         await trio.sleep(AGAIN_S)
         assert await refusals_of(bench, "work/s+2") == 1
         assert served(await bench.want("r/s")) == 1
@@ -343,9 +343,9 @@ async def test_a_target_that_has_just_started_and_is_full_at_once_refuses_nobody
     autojump_clock: MockClock,
 ) -> None:
     async with bench_of(20) as bench:
-        clients = await bench.want(*["r/s"] * (2 * BEGIN_OF_ONE_MAX))
+        clients = await bench.want(*["r/s"] * (2 * BEGIN_MAX))
         await trio.sleep(BEGIN_S + 1)
-        assert served(clients) == 2 * BEGIN_OF_ONE_MAX
+        assert served(clients) == 2 * BEGIN_MAX
         assert clients[-1].failed(ExitStatus.REFUSED)
         clients[0].through()
 

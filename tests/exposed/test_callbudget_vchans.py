@@ -10,7 +10,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.exposed.brake import TRY_S
-from qubes_fwd_qrexec.exposed.callbudget import BEGIN_OF_ONE_MAX, LOOK_S
+from qubes_fwd_qrexec.exposed.callbudget import BEGIN_MAX, LOOK_S
 from qubes_fwd_qrexec.exposed.callqueue import Kind
 from qubes_fwd_qrexec.exposed.callwaits import AGAIN_S, DOUBT_S
 
@@ -196,11 +196,11 @@ async def test_calls_that_begin_together_and_find_no_room_wait_for_those_that_be
     """Nobody knows yet which of them are through: xenstored has a transaction for some of them only."""
     async with bench_of(20) as bench:
         clients = await bench.want(*["r/s"] * 10)
-        began = clients[:BEGIN_OF_ONE_MAX]
+        began = clients[:BEGIN_MAX]
         for client in began[2:]:
             assert client.failed(ExitStatus.NO_ROOM)
         await wait_all_tasks_blocked()
-        assert bench.budget.waiting == 10 - BEGIN_OF_ONE_MAX
+        assert bench.budget.waiting == 10 - BEGIN_MAX
         for client in began[:2]:
             client.through()
             client.end()
@@ -239,12 +239,10 @@ async def test_the_last_of_those_that_found_no_room_is_refused_and_with_it_all_w
 ) -> None:
     async with bench_of(20) as bench:
         clients = await bench.want(*["r/s"] * 10)
-        verdicts = [client.failed(ExitStatus.NO_ROOM) for client in clients[:BEGIN_OF_ONE_MAX]]
-        assert verdicts == [True] * (BEGIN_OF_ONE_MAX - 1) + [False]
+        verdicts = [client.failed(ExitStatus.NO_ROOM) for client in clients[:BEGIN_MAX]]
+        assert verdicts == [True] * (BEGIN_MAX - 1) + [False]
         await wait_all_tasks_blocked()
-        assert [client.error is not None for client in clients[BEGIN_OF_ONE_MAX:]] == [True] * (
-            10 - BEGIN_OF_ONE_MAX
-        )
+        assert [client.error is not None for client in clients[BEGIN_MAX:]] == [True] * (10 - BEGIN_MAX)
 
 
 async def test_the_first_call_that_finds_no_room_is_a_refusal(autojump_clock: MockClock) -> None:
