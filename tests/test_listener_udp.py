@@ -164,6 +164,7 @@ async def test_a_flow_whose_call_is_lost_keeps_its_place_and_has_a_new_one(tmp_p
             os.kill(pid, signal.SIGKILL)
             await until(lambda: not listener.report().forwards[0].mux_calls)
             assert forward_of(listener).connections == 1
+            await until(lambda: not listener.transports.calls.calls)  # its loss has been noted
             listener.transports.calls.forget_refusals()
             assert await near.ask(b"two") == b"two"
         assert forward_of(listener).table.counters.total == 1

@@ -65,6 +65,7 @@ class Manager:
         if not self.is_closed:
             self.is_closed = True
             self._forget()
+            self._editor.close()
             self.widget.destroy()
             self.board.close(waits=False, ended=self._ended)
 

@@ -227,6 +227,13 @@ def test_a_bug_is_told_in_words(running: Running) -> None:
     until(lambda: running.says("<b>x</b>"))
 
 
+def test_a_dialog_that_is_being_made_is_not_shown_once_its_window_is_closed(running: Running) -> None:
+    running.manager.add()
+    running.manager.close()
+    settle()
+    assert not [window for window in Gtk.Window.list_toplevels() if window.get_title() == "Add a forward"]
+
+
 def test_closing_waits_for_a_change_that_has_begun(running: Running, lab: LabDirectory) -> None:
     begun, done = threading.Event(), []
 

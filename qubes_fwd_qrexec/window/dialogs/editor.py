@@ -62,6 +62,10 @@ class Editor:
             title = _("Edit {rule}").format(rule=stored)
             self._portions.run(self._opening(parent, title, Draft.of(stored).with_options(options)))
 
+    def close(self) -> None:
+        """Show no dialog any more that is not shown yet; its parent is about to go."""
+        self._portions.stop()
+
     def _opening(self, parent: Gtk.Window | None, title: str, draft: Draft) -> Iterator[None]:
         dialog = _Dialog(self._board, self._tell, self._later)
         yield from dialog.form.making()
