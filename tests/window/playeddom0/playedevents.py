@@ -45,7 +45,7 @@ class Dispatcher:
         try:
             self._watch(inotify, self._lab.qubes_dir)
             for name in self._lab.qube_names():
-                self._add(inotify, name)
+                self._known[name] = self._watched_look(inotify, name)
             self._tell(None, "connection-established")
             while True:
                 await news.wait()
@@ -62,12 +62,13 @@ class Dispatcher:
     def _watch(self, inotify: Inotify, path: Path) -> None:
         self._watched[inotify.add(path)] = path
 
-    def _add(self, inotify: Inotify, name: str) -> None:
+    def _watched_look(self, inotify: Inotify, name: str) -> _Known:
+        """Look at a qube once it is watched, so that what changes later is told."""
         place = self._lab.qube_dir(name)
         with suppress(FileNotFoundError, NotADirectoryError):
             self._watch(inotify, place.root)
             self._watch(inotify, place.features)
-        self._known[name] = self._look(name)
+        return self._look(name)
 
     def _look(self, name: str) -> _Known:
         try:
@@ -77,8 +78,8 @@ class Dispatcher:
 
     def _compare(self, inotify: Inotify, name: str) -> None:
         """Tell how a qube differs from what it was."""
-        before, now = self._known.get(name), self._look(name)
-        self._add(inotify, name)
+        before, now = self._known.get(name), self._watched_look(inotify, name)
+        self._known[name] = now
         if before is None or now is None:
             if before != now:
                 self._tell(None, "domain-add" if now else "domain-delete")
